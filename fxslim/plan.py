@@ -1,0 +1,282 @@
+"""Sites and plans: what can be narrowed, and what is to be. Data only: frozen, JSON, no tensors, no graph nodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fxslim.errors import PlanError
+
+SCHEMA = 1
+MAX_UNITS = 1 << 22
+
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Name = Annotated[str, Field(max_length=1024, pattern=r"^[^/\\\x00]*$")]
+
+
+class Frozen(BaseModel):
+    """A record that never changes and takes nothing it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Block(Frozen):
+    """Rows of consecutive owners, evenly spaced.
+
+    Owner ``first + i`` (``0 <= i < count``) owns rows ``start + i * step`` up to ``start + i * step + width``.
+    """
+
+    first: Count
+    count: Count
+    start: Count
+    step: Count
+    width: Count
+
+
+class Slice(Frozen):
+    """One dimension of one tensor that follows the units of a site.
+
+    Attributes:
+        tensor: canonical name of the parameter or buffer.
+        dim: the dimension.
+        size: its size before narrowing.
+        role: ``in`` where the dimension is summed over (the consumer, where masks sit), ``out`` elsewhere.
+        blocks: which rows belong to which owner; rows in no block stay.
+        groups: unit -> owner. None where the owners are the units themselves; otherwise an owner's rows go when all
+            units of the group are gone (keys and values shared by several query heads).
+        hook: path of the module whose (first) input is this dimension, where masking that input masks the site; None
+            where only the tensor itself can be masked.
+    """
+
+    tensor: Name
+    dim: Count
+    size: Count
+    role: Literal["in", "out"]
+    blocks: tuple[Block, ...]
+    groups: tuple[Count, ...] | None = None
+    hook: Name | None = None
+
+    def owners(self) -> np.ndarray:
+        """Return the owner of every row, -1 where a row stays.  (size,)"""
+        owner = np.full(self.size, -1, dtype=np.int64)
+        for block in self.blocks:
+            for i in range(block.count):
+                start = block.start + i * block.step
+                owner[start : start + block.width] = block.first + i
+        return owner
+
+    def removed(self, gone: np.ndarray) -> np.ndarray:
+        """Return which rows go when these units go.  (units,) bool -> (size,) bool"""
+        if self.groups is not None:
+            groups = np.asarray(self.groups)
+            alive = np.zeros(int(groups.max()) + 1, dtype=bool)
+            np.logical_or.at(alive, groups, ~gone)
+            gone = ~alive
+        owner = self.owners()
+        return np.where(owner >= 0, gone[np.maximum(owner, 0)], False)
+
+
+def blocks_of(owner: np.ndarray) -> tuple[Block, ...]:
+    """Compress the owner of every row (-1: stays) into blocks."""
+    runs: list[tuple[int, int, int]] = []
+    edges = np.flatnonzero(np.diff(owner)) + 1
+    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(owner)], strict=True):
+        if end > start and owner[start] >= 0:
+            runs.append((int(owner[start]), start, end - start))
+    blocks: list[list[int]] = []  # first, count, start, step, width
+    for who, start, width in runs:
+        if blocks:
+            first, count, begin, step, wide = blocks[-1]
+            gap = start - (begin + (count - 1) * step)
+            if who == first + count and width == wide and (count == 1 or gap == step):
+                blocks[-1] = [first, count + 1, begin, gap, wide]
+                continue
+        blocks.append([who, 1, start, 0, width])
+    return tuple(Block(first=f, count=c, start=b, step=s, width=w) for f, c, b, s, w in blocks)
+
+
+Kind = Literal["ffn", "gated_ffn", "attention", "generic"]
+
+
+class Site(Frozen):
+    """One place that can be narrowed.
+
+    Attributes:
+        name: unique name, ``<module>:<kind>``.
+        kind: what the patterns call it; ``generic`` where no pattern names it.
+        module: deepest module that holds all its tensors.
+        units: how many units (channels, query heads).
+        groups: unit -> group; None where any units may go. Otherwise the same number must stay in every group that
+            stays (query heads of one key/value head).
+        slices: every tensor dimension that follows the units.
+        roles: role -> weight tensors, as the pattern names them.
+        task_head: whether it lies behind the last repeated block.
+    """
+
+    name: Name
+    kind: Kind
+    module: Name
+    units: Annotated[int, Field(ge=2, le=MAX_UNITS)]
+    groups: tuple[Count, ...] | None = None
+    slices: tuple[Slice, ...]
+    roles: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    task_head: bool = False
+
+    @model_validator(mode="after")
+    def _sound(self) -> Site:
+        if self.groups is not None and len(self.groups) != self.units:
+            raise ValueError(f"site {self.name}: groups names {len(self.groups)} units, the site has {self.units}")
+        for part in self.slices:
+            if part.groups is not None and len(part.groups) != self.units:
+                raise ValueError(f"site {self.name}: slice {part.tensor} groups {len(part.groups)} units")
+            owners = self.units if part.groups is None else max(part.groups) + 1
+            for block in part.blocks:
+                last = block.start + max(block.count - 1, 0) * block.step + block.width
+                if block.first + block.count > owners or last > part.size:
+                    raise ValueError(f"site {self.name}: a block of {part.tensor} lies outside the tensor or the units")
+        return self
+
+    @property
+    def group_count(self) -> int:
+        """Return the number of groups (key/value heads); one per unit where units are free."""
+        return self.units if self.groups is None else max(self.groups) + 1
+
+    def modules(self) -> tuple[str, ...]:
+        """Return the paths of the modules that own its tensors."""
+        return tuple(dict.fromkeys(part.tensor.rpartition(".")[0] for part in self.slices))
+
+
+class SitePlan(Frozen):
+    """A site and the units of it that are kept, in ascending order."""
+
+    site: Site
+    keep: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _sound(self) -> SitePlan:
+        name = self.site.name
+        if not self.keep:
+            raise ValueError(f"site {name}: at least one unit stays")
+        if list(self.keep) != sorted(set(self.keep)) or self.keep[-1] >= self.site.units:
+            raise ValueError(f"site {name}: keep must be ascending unit numbers below {self.site.units}")
+        if self.site.groups is not None:
+            groups = np.asarray(self.site.groups)[list(self.keep)]
+            counts = np.bincount(groups)
+            if len(set(counts[counts > 0].tolist())) > 1:
+                raise ValueError(f"site {name}: every group that stays must keep the same number of units")
+        return self
+
+    @property
+    def gone(self) -> np.ndarray:
+        """Return which units go.  (units,) bool"""
+        gone = np.ones(self.site.units, dtype=bool)
+        gone[list(self.keep)] = False
+        return gone
+
+
+class AttributeEdit(Frozen):
+    """An integer attribute of a module that follows the narrowed sizes."""
+
+    edit: Literal["attribute"] = "attribute"
+    module: Name
+    name: Name
+    old: int
+    new: int
+
+
+class ConfigEdit(Frozen):
+    """A config field that one module reads at run time, overlaid for that module alone."""
+
+    edit: Literal["config"] = "config"
+    module: Name
+    name: Name
+    old: int
+    new: int
+
+
+Edit = Annotated[AttributeEdit | ConfigEdit, Field(discriminator="edit")]
+
+
+class Note(Frozen):
+    """Something that was asked for and not done, or that the user should know: where, and why."""
+
+    where: str
+    reason: str
+
+
+class Fingerprint(Frozen):
+    """What a plan needs to know of a model to be refused on another: no values, dtype, device or path.
+
+    Attributes:
+        model_class: name of the root class.
+        digest: SHA-256 over tensor names, shapes, aliases and the config's size-bearing fields.
+    """
+
+    model_class: str
+    digest: str
+
+
+class Plan(Frozen):
+    """Which units of which site are kept, and every edit on modules that this needs.
+
+    Attributes:
+        sites: the sites that are narrowed; a site that keeps everything does not appear.
+        edits: changes of integers in modules (module form); empty until ``slim`` has found them.
+        zeroed: sites that the module form cannot express: units stay in place, their consumer columns are zero.
+        requested: what was asked for.
+        notes: what was asked for and not done, with its reason.
+        weights_changed: whether repaired weights are part of the result; always False without repair.
+    """
+
+    schema_version: Literal[1] = SCHEMA
+    fxslim: str
+    torch: str
+    transformers: str | None = None
+    fingerprint: Fingerprint
+    sites: tuple[SitePlan, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    zeroed: tuple[Name, ...] = ()
+    requested: dict[str, float | int | str | tuple[str, ...]] = Field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+    weights_changed: bool = False
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return the plan as JSON."""
+        return self.model_dump_json(indent=indent)
+
+    @staticmethod
+    def from_json(text: str | bytes | dict[str, Any]) -> Plan:
+        """Read a plan; raise PlanError with the place of the first fault."""
+        try:
+            data = text if isinstance(text, dict) else json.loads(text)
+            return Plan.model_validate(data)
+        except (ValidationError, ValueError, RecursionError) as error:
+            first = str(error).strip().splitlines()
+            raise PlanError(f"not a valid fxslim plan: {' '.join(first[:3])}") from error
+
+    def __iter__(self) -> Iterator[SitePlan]:  # type: ignore[override]
+        return iter(self.sites)
+
+    def __str__(self) -> str:
+        rows = [f"{'site':<48} {'kind':<10} {'kept':>6} / {'units':<6}"]
+        for part in self.sites:
+            rows.append(f"{part.site.name:<48} {part.site.kind:<10} {len(part.keep):>6} / {part.site.units:<6}")
+        rows.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
+        return "\n".join(rows if self.sites else ["nothing to take out", *rows[1:]])
+
+    def removed_rows(self) -> dict[tuple[str, int], np.ndarray]:
+        """Return which rows of which tensor dimension go.  (tensor, dim) -> (size,) bool"""
+        rows: dict[tuple[str, int], np.ndarray] = {}
+        for part in self.sites:
+            gone = part.gone
+            for piece in part.site.slices:
+                removed = piece.removed(gone)
+                key = (piece.tensor, piece.dim)
+                if key in rows and len(rows[key]) != len(removed):
+                    raise PlanError(f"two slices of {piece.tensor} disagree about its size")
+                rows[key] = rows[key] | removed if key in rows else removed
+        return rows

@@ -1,0 +1,262 @@
+"""Trace a model into a Program with ``torch.export``: one ATen graph, symbolic batch and length, no weights copied."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxslim.errors import TraceError, UnsupportedModelError
+from fxslim.program import CallSpec, Program, forward_parameters, is_symbolic
+
+REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[str] = frozenset()) -> Program:
+    """Trace ``model`` on the first of the candidate keyword inputs that it can be traced on.
+
+    The model itself is not changed: a copy that shares every tensor is traced in eval mode with caches off.
+
+    Args:
+        model: any module; parametrizations must have been made permanent before.
+        candidates: keyword inputs in the order of ``forward``'s signature.
+        filled: names of inputs that callers may leave out later (see CallSpec).
+
+    Raises:
+        UnsupportedModelError: the model has nothing to narrow or holds quantized weights.
+        TraceError: ``torch.export`` cannot take the model as a whole.
+    """
+    refuse(model)
+    shadow = share(model).eval()
+    without_caches(shadow)
+    with quiet(), torch.no_grad():
+        exported, example = _export(shadow, candidates, type(model).__name__)
+        if any(_mutates(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions({})
+    return _program(model, shadow, exported, example, filled)
+
+
+def share(module: nn.Module) -> nn.Module:
+    """Copy a module tree that shares every parameter and buffer with the original."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for tensor in [*child._parameters.values(), *child._buffers.values()]:
+            if tensor is not None:
+                memo[id(tensor)] = tensor
+        for value in vars(child).values():
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value
+    return copy.deepcopy(module, memo)
+
+
+def without_caches(module: nn.Module) -> None:
+    """Turn key/value caches off everywhere in a (copied) module: caches are no graph outputs."""
+    for child in module.modules():
+        config = getattr(child, "config", None)
+        if config is not None and getattr(config, "use_cache", False):
+            config.use_cache = False
+        if isinstance(vars(child).get("use_cache"), bool):
+            child.use_cache = False  # type: ignore[assignment]
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for models that fxslim must not touch."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    if next(iter(model.parameters()), None) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is quantized; narrow the original model and quantize the result."
+        )
+    for name, child in model.named_modules():
+        module_name = type(child).__module__
+        if module_name.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is a quantized {type(child).__name__}; narrow the original model and "
+                "quantize the result."
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        subclass = type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer) and not hasattr(tensor, "fake_mode")
+        if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
+            raise UnsupportedModelError(
+                f"{name} is stored as {type(tensor).__name__} ({tensor.dtype}), which cannot be sliced exactly; "
+                "narrow the original model and quantize or shard the result."
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence export's own warnings and logs; what matters is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _dynamic(value: Any) -> Any:
+    from torch.export import Dim
+
+    if not isinstance(value, torch.Tensor):
+        return None
+    return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if size > 1} or None
+
+
+def _export(
+    shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str
+) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    first: Exception | None = None
+    for candidate in candidates:
+        example = dict(candidate)
+        for shapes in (pytree.tree_map(_dynamic, example), None):
+            try:
+                return torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False), example
+            except Exception as error:  # noqa: BLE001 - export raises anything; the first error is reported below
+                first = first or error
+    message = str(first).strip().splitlines()
+    raise TraceError(
+        f"{name} cannot be traced as a whole: {type(first).__name__}: {message[0] if message else ''} "
+        "Check that the model runs on these example_inputs; control flow that depends on tensor values has to "
+        "be taken out of forward, or slim the submodules one by one."
+    ) from first
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _program(
+    model: nn.Module,
+    shadow: nn.Module,
+    exported: torch.export.ExportedProgram,
+    example: dict[str, Any],
+    filled: frozenset[str],
+) -> Program:
+    graph = copy.deepcopy(exported.graph_module).graph
+    _inline_regions(graph)
+    tensors, aliases = _named_tensors(model)
+    tensor_of: dict[str, str] = {}
+    inputs: list[str] = []
+    constants: set[str] = set()
+    for spec in exported.graph_signature.input_specs:
+        kind = spec.kind.name
+        if kind == "USER_INPUT":
+            inputs.append(spec.arg.name)
+        elif kind in ("PARAMETER", "BUFFER"):
+            assert spec.target is not None
+            tensor_of[spec.arg.name] = aliases.get(spec.target, spec.target)
+        elif kind == "CONSTANT_TENSOR":
+            assert spec.target is not None
+            name = aliases.get(spec.target, spec.target)
+            tensor_of[spec.arg.name] = name
+            if name not in tensors:
+                tensors[name] = exported.constants[spec.target]
+                constants.add(name)
+        else:
+            raise TraceError(f"the traced graph takes a {kind} ({spec.target}), which fxslim cannot carry.")
+    if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
+        _drop_mutations(graph, exported)
+    names, defaults, trailing = forward_parameters(model)
+    assert exported.call_spec.out_spec is not None
+    call = CallSpec(
+        names=names,
+        defaults=defaults,
+        example=example,
+        filled=filled & set(example),
+        in_spec=pytree.tree_structure(example),
+        out_spec=exported.call_spec.out_spec,
+        trailing=trailing,
+    )
+    notes = _fixed_sizes(graph, tuple(inputs))
+    return Program(graph, tensor_of, tensors, aliases, tuple(inputs), call, notes, frozenset(constants))
+
+
+def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Name every parameter and buffer once; further names of the same tensor become aliases."""
+    first: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in every:
+        if id(tensor) in first:
+            if first[id(tensor)] != name:
+                aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, aliases
+
+
+def _drop_mutations(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
+    """Drop outputs that only write buffers back: the emitted graph is for inference."""
+    output = graph.output_node()
+    keep = [
+        arg
+        for arg, spec in zip(output.args[0], exported.graph_signature.output_specs, strict=True)  # type: ignore[arg-type]
+        if spec.kind.name == "USER_OUTPUT"
+    ]
+    output.args = (tuple(keep),)
+
+
+def _inline_regions(graph: fx.Graph) -> None:
+    """Inline the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions."""
+    owner = graph.owning_module
+    for node in list(graph.nodes):
+        if node.op != "call_function" or str(node.target) not in REGION_OPS:
+            continue
+        position = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+        body_node = node.args[position]
+        if str(node.target) == "wrap_with_autocast" and node.args[2]:  # (device, dtype, enabled, cache, body, ...)
+            raise TraceError("the model runs a region under autocast; trace it with autocast off.")
+        body = owner.get_submodule(body_node.target)
+        copies: dict[fx.Node, Any] = {}
+        inner = iter(node.args[position + 1 :])
+        for sub in body.graph.nodes:
+            if sub.op == "placeholder":
+                copies[sub] = next(inner)
+        with graph.inserting_before(node):
+            results = graph.graph_copy(body.graph, copies)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not body_node.users:
+            graph.erase_node(body_node)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and str(node.target) in REGION_OPS:
+            _inline_regions(graph)
+            return
+
+
+def _fixed_sizes(graph: fx.Graph, inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Say which batch or length sizes the trace had to fix."""
+    notes = []
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.name not in inputs:
+            continue
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            continue
+        axes = (0, 1) if not value.is_floating_point() and value.ndim == 2 else (0,)
+        for axis in axes:
+            if not is_symbolic(value.shape[axis]):
+                notes.append(
+                    f"{node.name}: axis {axis} is fixed at {int(value.shape[axis])}; the graph form accepts no other "
+                    "size there (the module form does)."
+                )
+    return tuple(notes)

@@ -1,0 +1,162 @@
+"""Put labels on every coordinate of a program and relate them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxslim.labels import CONSTANT, Components, Pin, Value, solve
+from fxslim.passes.rules import contraction, indexing, movement, pointwise, reduction  # noqa: F401 - fill RULES
+from fxslim.passes.rules.walk import RULES, Walk
+from fxslim.program import Program, hint
+
+SHAPE_ONLY = ("aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.sym_is_contiguous")
+ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range",
+              "aten.sym_constrain_range_for_size")  # fmt: skip
+POSITIONS = ("aten.arange", "aten.linspace", "aten.scalar_tensor", "aten.eye", "aten.tril_indices",
+             "aten.triu_indices", "aten.bartlett_window", "aten.hann_window")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a program.
+
+    Attributes:
+        values: node -> Value, or a tuple of Values.
+        starts: (tensor name, dimension) -> first label of that dimension; the others follow.
+        components: the solved relations.
+        contracted: (node, parameter labels along the contracted axis) of every product with a parameter.
+        produced: (node, parameter labels along the axis that becomes the output), likewise.
+        unknown: operations without a rule -> first node.
+        pins: pin label -> reason.
+        scores: components of the heads of score products (two activations multiplied).
+        ties: component -> the operation that tied coordinates along an axis.
+    """
+
+    values: Mapping[fx.Node, Any]
+    starts: Mapping[tuple[str, int], int]
+    components: Components
+    contracted: tuple[tuple[fx.Node, np.ndarray], ...]
+    produced: tuple[tuple[fx.Node, np.ndarray], ...]
+    unknown: Mapping[str, str]
+    pins: Mapping[int, Pin]
+    scores: frozenset[int]
+    ties: Mapping[int, str]
+
+    def tied_by(self, component: int) -> str:
+        """Return ``", tied by <operation>"`` for a component whose coordinates an operation tied along an axis."""
+        return f" (tied by {self.ties[component]})" if component in self.ties else ""
+
+    def of(self, tensor: str, dim: int, size: int) -> np.ndarray:
+        """Return the component of every coordinate of a tensor's dimension; size-1 dimensions stay."""
+        start = self.starts.get((tensor, dim))
+        return self.components.of[start : start + size] if start is not None else np.zeros(size, dtype=np.int64)
+
+
+def annotate(program: Program) -> Labels:
+    """Walk a program's graph once and solve the relations.
+
+    Ensures: every operation either has a rule or pins what it reads, with the reason.
+    """
+    walk = Walk()
+    starts = _tensors(walk, program)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in program.tensor_of:
+                walk.values[node] = _input(walk, node)
+        elif node.op == "call_function":
+            walk.node = node
+            walk.values[node] = _apply(walk, node)
+        elif node.op == "output":
+            label = walk.relations.pin_label("an output of the model", node.name)
+            for operand in walk.operands(node):
+                for labels in operand.labels:
+                    walk.relations.pin(labels, label)
+    components = solve(walk.relations)
+    scores = [labels.reshape(-1).numpy() for labels in walk.scores]
+    return Labels(
+        values=walk.values,
+        starts=starts,
+        components=components,
+        scores=frozenset(np.unique(components.of[np.concatenate(scores)]).tolist()) if scores else frozenset(),
+        ties={int(components.of[label]): name for label, name in reversed(walk.tied)},
+        contracted=tuple((node, labels.numpy()) for node, labels in walk.contracted),
+        produced=tuple((node, labels.numpy()) for node, labels in walk.produced),
+        unknown=walk.unknown,
+        pins=walk.relations.pins,
+    )
+
+
+def _tensors(walk: Walk, program: Program) -> dict[tuple[str, int], int]:
+    """Give each dimension of each tensor labels of its own."""
+    starts: dict[tuple[str, int], int] = {}
+    made: dict[str, Value] = {}
+    for node in program.graph.nodes:
+        name = program.tensor_name(node)
+        if name is None:
+            continue
+        if name not in made:
+            tensor = program.tensors[name]
+            labels = []
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            for dim, size in enumerate(tensor.shape):
+                if size > 1 and floating and name not in program.constants:
+                    own = walk.relations.fresh(size)
+                    starts[name, dim] = int(own[0])
+                    labels.append(own.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]))
+            made[name] = Value(tuple(tensor.shape), tuple(labels))
+        walk.values[node] = made[name]
+    return starts
+
+
+def _input(walk: Walk, node: fx.Node) -> Value | None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    shape = tuple(hint(size) for size in value.shape)
+    if value.is_floating_point() or value.is_complex():
+        return Value(shape, (), walk.relations.pin_label(f"input {node.name!r} of the model", node.name), True)
+    return Value(shape, (), CONSTANT, True)
+
+
+def operation(node: fx.Node) -> str:
+    """Return an operation's name without overload, such as ``"aten.linear"``."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(packet) if packet is not None else str(node.target)
+
+
+def _apply(walk: Walk, node: fx.Node) -> Any:
+    name = operation(node)
+    if node.target is operator.getitem:
+        source = walk.values.get(node.args[0])  # type: ignore[arg-type]
+        return source[node.args[1]] if isinstance(source, tuple) else None
+    if name in ASSERTIONS or name.startswith(SHAPE_ONLY):
+        return None
+    if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+        for operand in walk.operands(node):  # a number read off a tensor, such as item()
+            if operand.labels:
+                walk.opaque(node, f"read as a number by {name}", pins=[operand])
+        return None
+    if name in POSITIONS:
+        return walk.bare(node, CONSTANT)
+    handler = RULES.get(name)
+    if handler is None and pointwise.is_pointwise(node):
+        handler = pointwise.pointwise
+    if handler is None:
+        return _unknown(walk, node, name)
+    return handler(walk, node)
+
+
+def _unknown(walk: Walk, node: fx.Node, name: str) -> Any:
+    operands = walk.operands(node)
+    if any(operand.labels for operand in operands):
+        walk.unknown.setdefault(name, node.name)
+        return walk.opaque(node, f"no rule for {name}")
+    origin = next((operand.origin for operand in operands if operand.origin != CONSTANT), CONSTANT)
+    return walk.bare(node, origin, looked_up=any(operand.looked_up for operand in operands))

@@ -1,0 +1,361 @@
+"""Find sites: group the coordinates that can go into units, and derive which of them may go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from torch import fx
+
+from fxslim.errors import NarrowError
+from fxslim.labels import Value
+from fxslim.passes.annotate import Labels
+from fxslim.passes.cut import Cut, closed
+from fxslim.passes.resize import check
+from fxslim.plan import Slice, blocks_of
+from fxslim.program import Program, module_path
+
+DRAWS = (0.0, 0.5)
+"""Fractions (at least one unit) of the random removals that a constraint has to survive before a site is published."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Leaf components that play the same part: the smallest pieces of one site.
+
+    Attributes:
+        leaves: components, ordered by where they lie in the consumer.  (L,)
+        unit_of: leaf -> unit.  (L,)
+        groups: unit -> group, or None where any units may go.
+        slices: what follows the units.
+        scored: whether the units are the heads of a score product (query times key).
+    """
+
+    leaves: np.ndarray
+    unit_of: np.ndarray
+    groups: tuple[int, ...] | None
+    slices: tuple[Slice, ...]
+    scored: bool
+
+    @property
+    def units(self) -> int:
+        """Return the number of units."""
+        return int(self.unit_of.max()) + 1
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A consumer whose channels stay, and why."""
+
+    tensor: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """Families that can be narrowed and consumers that cannot."""
+
+    families: tuple[Family, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def find(program: Program, labels: Labels) -> Found:
+    """Group labels into families with units and constraints.
+
+    Ensures: random keeps of every family pass through every data movement of the graph as boxes.
+    """
+    return _Search(program, labels).run()
+
+
+class _Search:
+    """One search; everything it derives is a table over components."""
+
+    def __init__(self, program: Program, labels: Labels) -> None:
+        self.program = program
+        self.labels = labels
+        self.components = labels.components
+        self.keys = list(labels.starts)
+        self.rows = {key: labels.of(*key, program.tensors[key[0]].shape[key[1]]) for key in self.keys}
+        self.refusals: list[Refusal] = []
+
+    def run(self) -> Found:
+        families: list[Family] = []
+        refused: dict[int, str] = {}
+        for leaves in self._families():
+            result = self._family(leaves)
+            if isinstance(result, Family):
+                families.append(result)
+            elif result:
+                refused.update(dict.fromkeys(leaves.tolist(), result))
+        taken = {int(leaf) for family in families for leaf in family.leaves}
+        return Found(tuple(families), tuple(self._refusals(taken, refused)))
+
+    @cached_property
+    def incoming(self) -> set[tuple[str, int]]:
+        """Tensor dimensions that are summed over somewhere."""
+        return self._keys_with(self.labels.contracted)
+
+    @cached_property
+    def outgoing(self) -> set[tuple[str, int]]:
+        """Tensor dimensions that become an output's axis somewhere."""
+        return self._keys_with(self.labels.produced)
+
+    def _keys_with(self, record: tuple[tuple[fx.Node, np.ndarray], ...]) -> set[tuple[str, int]]:
+        starts = np.array([self.labels.starts[key] for key in self.keys])
+        found = set()
+        for _, used in record:
+            for start in np.unique(np.searchsorted(starts, used[[0, -1]], side="right") - 1):
+                found.add(self.keys[int(start)])
+            first = self.keys[int(np.searchsorted(starts, used.min(), side="right") - 1)]
+            found.add(first)
+        return found
+
+    @cached_property
+    def counts(self) -> csr_matrix:
+        """Rows that a component owns in each tensor dimension.  (components, dimensions)"""
+        rows = np.concatenate([self.rows[key] for key in self.keys])
+        columns = np.repeat(np.arange(len(self.keys)), [len(self.rows[key]) for key in self.keys])
+        shape = (len(self.components.pinned), len(self.keys))
+        return csr_matrix((np.ones(len(rows), dtype=np.int64), (rows, columns)), shape=shape)
+
+    @cached_property
+    def reach(self) -> csr_matrix:
+        """Leaves below each component.  (components, components), bool"""
+        children = self.components.children.tocsr()
+        parent = np.asarray(children.sum(axis=1)).reshape(-1) > 0
+        total, level = children.copy(), children
+        while True:
+            level = level @ children
+            if level.nnz == 0:
+                break
+            total = total + level
+        keep = csr_matrix((~parent).astype(np.int64)[None, :].repeat(1, axis=0))
+        return total.multiply(keep).tocsr()
+
+    def _families(self) -> Iterator[np.ndarray]:
+        """Yield leaves that own the same number of rows in the same tensors, in the order of their consumer."""
+        counts = self.counts
+        is_parent = np.zeros(len(self.components.pinned), dtype=bool)
+        is_parent[self.components.edges[:, 0]] = True
+        incoming = np.array([key in self.incoming for key in self.keys])
+        consumed = np.asarray(counts[:, incoming].sum(axis=1)).reshape(-1) > 0
+        leaves = np.flatnonzero(~is_parent & ~self.components.pinned & consumed)
+        weights = np.random.default_rng(0).integers(1, 1 << 40, size=len(self.keys))
+        signature = np.asarray(counts[leaves] @ weights).reshape(-1)
+        order = self._order()
+        for value in dict.fromkeys(signature[np.argsort(order[leaves], kind="stable")].tolist()):
+            members = leaves[signature == value]
+            yield members[np.argsort(order[members], kind="stable")]
+
+    def _order(self) -> np.ndarray:
+        """Return where each component first appears among the consumers' rows."""
+        order = np.full(len(self.components.pinned), np.iinfo(np.int64).max)
+        position = 0
+        for key in self.keys:
+            if key in self.incoming:
+                rows = self.rows[key]
+                np.minimum.at(order, rows, position + np.arange(len(rows)))
+                position += len(rows)
+        return order
+
+    def _above(self, leaves: np.ndarray) -> dict[int, np.ndarray]:
+        """Return the components above a family that stand for a proper part of it: component -> leaf positions."""
+        place = {int(leaf): i for i, leaf in enumerate(leaves)}
+        column = self.reach.tocsc()[:, leaves]
+        above: dict[int, np.ndarray] = {}
+        for component in np.unique(column.indices):
+            below = self.reach[int(component)].indices
+            if len(below) < len(leaves) and all(int(leaf) in place for leaf in below):
+                above[int(component)] = np.sort([place[int(leaf)] for leaf in below])
+        return above
+
+    def _family(self, leaves: np.ndarray) -> Family | str:
+        """Turn leaves into a family, or say why not."""
+        if len(leaves) < 2:
+            return self._single(leaves)
+        above = self._above(leaves)
+        partitions = self._partitions(above, len(leaves))
+        scored = self._scored(above, len(leaves))
+        whole = np.arange(len(leaves))
+        levels = [scored] if scored is not None else []
+        levels += [whole, *partitions]
+        reason = ""
+        for level in levels:
+            if int(level.max()) < 1:
+                continue
+            slices = self._slices(leaves, above, level)
+            if not any(piece.role == "in" for piece in slices):
+                continue
+            if not any((piece.tensor, piece.dim) in self.outgoing for piece in slices):
+                return ""  # the channels of an input or of a table: nothing produces them
+            coarser = [p for p in partitions if _refines(level, p) and 1 <= int(p.max()) < int(level.max())]
+            if scored is not None and level is not scored and not np.array_equal(level, whole):
+                continue
+            for groups in [None, *coarser]:
+                failure = self._fails(leaves, level, groups)
+                if failure is None:
+                    unit_groups = None if groups is None else tuple(int(groups[level == u][0]) for u in
+                                                                     range(int(level.max()) + 1))  # fmt: skip
+                    return Family(leaves, level, unit_groups, slices, level is scored)
+                reason = failure
+        return reason or "its channels all go together"
+
+    def _single(self, leaves: np.ndarray) -> str:
+        return f"its channels all go together{self._tied_by(int(leaves[0]))}"
+
+    def _tied_by(self, component: int) -> str:
+        return self.labels.tied_by(component)
+
+    def _partitions(self, above: dict[int, np.ndarray], count: int) -> list[np.ndarray]:
+        """Return the ways in which components above split a family into disjoint parts that cover it."""
+        by_signature: dict[bytes, dict[bytes, np.ndarray]] = {}
+        for component, below in above.items():
+            signature = self.counts[component].toarray().tobytes()
+            by_signature.setdefault(signature, {})[below.tobytes()] = below
+        found: dict[bytes, np.ndarray] = {}
+        for parts in by_signature.values():
+            partition = _partition(list(parts.values()), count)
+            if partition is not None and 1 < int(partition.max()) + 1 < count:
+                found[partition.tobytes()] = partition
+        return sorted(found.values(), key=lambda p: -int(p.max()))
+
+    def _scored(self, above: dict[int, np.ndarray], count: int) -> np.ndarray | None:
+        """Return the partition into heads of a score product, where there is one."""
+        parts = [below for component, below in above.items() if component in self.labels.scores]
+        return _partition(list({below.tobytes(): below for below in parts}.values()), count) if parts else None
+
+    def _slices(self, leaves: np.ndarray, above: dict[int, np.ndarray], unit_of: np.ndarray) -> tuple[Slice, ...]:
+        """Return every tensor dimension that follows the units."""
+        owner_of: dict[int, tuple[int, ...]] = {int(leaf): (int(unit_of[i]),) for i, leaf in enumerate(leaves)}
+        for component, below in above.items():
+            owner_of[component] = tuple(np.unique(unit_of[below]).tolist())
+        units = int(unit_of.max()) + 1
+        involved = np.zeros(len(self.components.pinned), dtype=bool)
+        involved[list(owner_of)] = True
+        slices: list[Slice] = []
+        for key, rows in self.rows.items():
+            if not involved[rows].any():
+                continue
+            owners = [owner_of.get(int(component), ()) if involved[component] else () for component in rows]
+            slices.extend(self._slice(key, owners, units))
+        return tuple(slices)
+
+    def _slice(self, key: tuple[str, int], owners: Sequence[tuple[int, ...]], units: int) -> Iterator[Slice]:
+        tensor, dim = key
+        role = "in" if key in self.incoming else "out"
+        hook = self._hook(key) if role == "in" else None
+        single = np.array([owner[0] if len(owner) == 1 else -1 for owner in owners])
+        if (single >= 0).any():
+            yield Slice(tensor=tensor, dim=dim, size=len(owners), role=role, blocks=blocks_of(single), hook=hook)
+        shared = sorted({owner for owner in owners if 1 < len(owner) < units})
+        if shared:
+            groups = np.full(units, -1)
+            for number, owner in enumerate(shared):
+                if (groups[list(owner)] >= 0).any():
+                    return  # overlapping owners: these rows stay
+                groups[list(owner)] = number
+            if (groups < 0).any():
+                return
+            numbers = {owner: number for number, owner in enumerate(shared)}
+            several = np.array([numbers.get(owner, -1) for owner in owners])
+            yield Slice(tensor=tensor, dim=dim, size=len(owners), role=role, blocks=blocks_of(several),
+                        groups=tuple(int(g) for g in groups), hook=hook)  # fmt: skip
+
+    def _hook(self, key: tuple[str, int]) -> str | None:
+        """Return the module whose input the dimension is, where every use of the tensor is that module's own call."""
+        owner = key[0].rpartition(".")[0]
+        start = self.labels.starts[key]
+        size = len(self.rows[key])
+        for node, used in self.labels.contracted:
+            if used.size and start <= int(used.min()) < start + size and module_path(node) != owner:
+                return None
+        return owner
+
+    def _fails(self, leaves: np.ndarray, unit_of: np.ndarray, groups: np.ndarray | None) -> str | None:
+        """Try random keeps; return why one does not pass, or None."""
+        rng = np.random.default_rng(0)
+        units = int(unit_of.max()) + 1
+        members = None if groups is None else [np.unique(unit_of[groups == g]) for g in range(int(groups.max()) + 1)]
+        nodes = self._nodes(leaves)
+        for fraction in DRAWS:
+            gone = _draw(rng, units, members, fraction)
+            if gone is None:
+                return "too few units in a group"
+            cut = closed(self.labels, leaves[gone[unit_of]])
+            if (cut.removed & self.components.pinned).any():
+                return "part of it has to stay"
+            try:
+                for node in nodes:
+                    check(node, cut)
+            except NarrowError as error:
+                return str(error)
+        return None
+
+    def _nodes(self, leaves: np.ndarray) -> list[fx.Node]:
+        """Return the nodes whose values carry labels of a family or of what is above it."""
+        mine = np.zeros(len(self.components.pinned), dtype=bool)
+        mine[leaves] = True
+        mine[np.unique(self.reach.tocsc()[:, leaves].indices)] = True
+        return [node for node, present in self.present if mine[present].any()]
+
+    @cached_property
+    def present(self) -> list[tuple[fx.Node, np.ndarray]]:
+        """Components that each node's value carries."""
+        rows = []
+        for node, value in self.labels.values.items():
+            items = value if isinstance(value, tuple) else (value,)
+            own = [labels.reshape(-1).numpy() for item in items if isinstance(item, Value) for labels in item.labels]
+            if own and node.op == "call_function":
+                rows.append((node, np.unique(self.components.of[np.concatenate(own)])))
+        return rows
+
+    def _refusals(self, taken: set[int], refused: dict[int, str]) -> Iterator[Refusal]:
+        """Say of every consumer outside the families why its channels stay."""
+        for key in self.keys:
+            if key not in self.incoming:
+                continue
+            rows = self.rows[key]
+            distinct = np.unique(rows)
+            if set(distinct.tolist()) & taken:
+                continue
+            pinned = [component for component in distinct.tolist() if self.components.pinned[component]]
+            if pinned:
+                pin = self.components.pins.get(pinned[0])
+                reason = pin.reason if pin is not None else "it meets a constant"
+            elif len(distinct) == 1:
+                reason = f"all its channels go together{self._tied_by(int(distinct[0]))}"
+            else:
+                reason = next((refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels")
+            yield Refusal(key[0], len(rows), reason)
+
+
+def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:
+    """Return part numbers in the order of first appearance, or None where parts overlap or leave something out."""
+    number = np.full(count, -1)
+    for i, part in enumerate(sorted(parts, key=lambda p: int(p[0]))):
+        if (number[part] >= 0).any():
+            return None
+        number[part] = i
+    return None if (number < 0).any() else number
+
+
+def _refines(fine: np.ndarray, coarse: np.ndarray) -> bool:
+    return all(len(np.unique(coarse[fine == unit])) == 1 for unit in range(int(fine.max()) + 1))
+
+
+def _draw(
+    rng: np.random.Generator, units: int, groups: list[np.ndarray] | None, fraction: float
+) -> np.ndarray | None:
+    """Draw units to remove, the same number in every group."""
+    gone = np.zeros(units, dtype=bool)
+    members = [np.arange(units)] if groups is None else groups
+    smallest = min(len(group) for group in members)
+    if smallest < 2:
+        return None
+    for group in members:
+        gone[rng.permutation(group)[: max(1, int(smallest * fraction))]] = True
+    return gone

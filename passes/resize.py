@@ -1,0 +1,257 @@
+"""New arguments for the operations that carry sizes, after a cut."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxslim.errors import NarrowError
+from fxslim.labels import Value
+from fxslim.passes.annotate import operation
+from fxslim.passes.cut import Cut
+from fxslim.passes.rules.movement import CREATIONS, MOVES
+from fxslim.passes.rules.walk import concrete, parameter
+from fxslim.program import shape_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A size that shrinks with a cut: ``old * kept // total``."""
+
+    old: Any
+    kept: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation with new arguments; sizes may be ``Scaled``."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, tensor: torch.Tensor) -> Any:
+        """Run on a concrete tensor in the place of the first argument."""
+        args = tuple(_number(argument) for argument in self.args[1:])
+        kwargs = {name: _number(argument) for name, argument in self.kwargs.items()}
+        return self.target(tensor, *args, **kwargs)
+
+
+def _number(argument: Any) -> Any:
+    if isinstance(argument, Scaled):
+        return concrete(argument.old) * argument.kept // argument.total
+    if isinstance(argument, tuple | list):
+        return [_number(item) for item in argument]
+    return concrete(argument)
+
+
+Resize = Callable[[fx.Node, Cut], Call]
+RESIZES: dict[str, Resize] = {}
+
+
+def _for(*names: str) -> Callable[[Resize], Resize]:
+    def register(function: Resize) -> Resize:
+        for name in names:
+            RESIZES[name] = function
+        return function
+
+    return register
+
+
+def resized(node: fx.Node, cut: Cut) -> Call:
+    """Return a node's call after a cut.
+
+    Raises:
+        NarrowError: the operation cannot be rewritten for this cut.
+    """
+    handler = RESIZES.get(operation(node))
+    return handler(node, cut) if handler is not None else Call(node.target, node.args, dict(node.kwargs))
+
+
+def _scaled(old: Any, before: int, after: int) -> Any:
+    return old if before == after or (isinstance(old, int) and old == -1) else Scaled(old, after, before)
+
+
+def _sizes(node: fx.Node, cut: Cut, given: Any) -> list[Any]:
+    """Scale a list of sizes that spells a node's output shape."""
+    value = cut.labels.values[node]
+    return [_scaled(old, b, a) for old, b, a in zip(given, value.shape, cut.shape(value), strict=True)]
+
+
+def _listed(node: fx.Node, position: int) -> tuple[Any, ...]:
+    """Return the sizes of a call, given as one list or spread over arguments."""
+    return tuple(node.args[position]) if isinstance(node.args[position], tuple | list) else tuple(node.args[position:])
+
+
+@_for("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.broadcast_to")
+def _view(node: fx.Node, cut: Cut) -> Call:
+    if not isinstance(node.args[1], tuple | list):
+        return Call(node.target, node.args, dict(node.kwargs))  # view(dtype)
+    sizes = _sizes(node, cut, _listed(node, 1))
+    return Call(node.target, (node.args[0], sizes, *node.args[2:]), dict(node.kwargs))
+
+
+@_for("aten.unflatten")
+def _unflatten(node: fx.Node, cut: Cut) -> Call:
+    value = cut.labels.values[node]
+    given = list(node.args[2])  # type: ignore[arg-type]
+    axis = int(concrete(node.args[1])) % len(shape_of(node.args[0]))
+    after = cut.shape(value)
+    sizes = [_scaled(old, value.shape[axis + i], after[axis + i]) for i, old in enumerate(given)]
+    return Call(node.target, (node.args[0], node.args[1], sizes), dict(node.kwargs))
+
+
+@_for(*(name for name in CREATIONS if not name.startswith("aten.new_")))
+def _create(node: fx.Node, cut: Cut) -> Call:
+    return Call(node.target, (_sizes(node, cut, _listed(node, 0)), *node.args[1:]), dict(node.kwargs))
+
+
+@_for(*(name for name in CREATIONS if name.startswith("aten.new_")))
+def _create_like(node: fx.Node, cut: Cut) -> Call:
+    return Call(node.target, (node.args[0], _sizes(node, cut, _listed(node, 1)), *node.args[2:]), dict(node.kwargs))
+
+
+@_for("aten.repeat", "aten.tile")
+def _repeat(node: fx.Node, cut: Cut) -> Call:
+    source, value = cut.labels.values[node.args[0]], cut.labels.values[node]  # type: ignore[index]
+    missing = len(value.shape) - len(source.shape)
+    after_in, after_out = (1,) * missing + cut.shape(source), cut.shape(value)
+    times = list(_listed(node, 1))
+    for axis, old in enumerate(times):
+        before = concrete(old)
+        if after_out[axis] % after_in[axis]:
+            raise NarrowError("copies of an axis keep different coordinates")
+        times[axis] = _scaled(old, before, after_out[axis] // after_in[axis])
+    return Call(node.target, (node.args[0], times), dict(node.kwargs))
+
+
+@_for("aten.repeat_interleave")
+def _repeat_interleave(node: fx.Node, cut: Cut) -> Call:
+    times = parameter(node, "repeats", 1)
+    axis = parameter(node, "dim", 2)
+    if not isinstance(times, int) or axis is None:
+        return Call(node.target, node.args, dict(node.kwargs))
+    source, value = cut.labels.values[node.args[0]], cut.labels.values[node]  # type: ignore[index]
+    before, after = cut.shape(source)[axis], cut.shape(value)[axis]
+    if after % before:
+        raise NarrowError("copies of an axis keep different coordinates")
+    return Call(node.target, (node.args[0], after // before, axis), {})
+
+
+@_for("aten.split", "aten.chunk", "aten.unsafe_split", "aten.unsafe_chunk", "aten.split_with_sizes",
+      "aten.tensor_split")  # fmt: skip
+def _split(node: fx.Node, cut: Cut) -> Call:
+    parts = cut.labels.values[node]
+    axis = int(concrete(parameter(node, "dim", 2, 0)))
+    before = [part.shape[axis] for part in parts]
+    after = [cut.shape(part)[axis] for part in parts]
+    if before == after:
+        return Call(node.target, node.args, dict(node.kwargs))
+    return Call(aten.split_with_sizes.default, (node.args[0], after, axis), {})
+
+
+@_for("aten.slice", "aten.narrow")
+def _slice(node: fx.Node, cut: Cut) -> Call:
+    same = Call(node.target, node.args, dict(node.kwargs))
+    source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
+    axis = int(concrete(parameter(node, "dim", 1, 0))) % len(source.shape)
+    size = source.shape[axis]
+    if cut.shape(source)[axis] == size:
+        return same
+    if "narrow" in operation(node):
+        start, step = int(concrete(node.args[2])), 1
+        end = start + int(concrete(node.args[3]))
+    else:
+        start, end, step = (concrete(parameter(node, n, p, d)) for n, p, d in
+                            (("start", 2, 0), ("end", 3, None), ("step", 4, 1)))  # fmt: skip
+    chosen = range(size)[slice(start, end, step)]
+    if len(chosen) == size:
+        return same
+    positions = cut.positions(source, axis)
+    if positions is None:
+        raise NarrowError("a slice cuts through an axis on which different coordinates stay")
+    places = [place for place, old in enumerate(positions.tolist()) if old in chosen]
+    if places == list(range(places[0], places[-1] + 1)) if places else False:
+        return Call(aten.slice.Tensor, (node.args[0], axis, places[0], places[-1] + 1), {})
+    raise NarrowError("a strided slice of a narrowed axis")
+
+
+@_for("aten.select")
+def _select(node: fx.Node, cut: Cut) -> Call:
+    source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
+    axis = int(concrete(node.args[1])) % len(source.shape)
+    if cut.shape(source)[axis] == source.shape[axis]:
+        return Call(node.target, node.args, dict(node.kwargs))
+    positions = cut.positions(source, axis)
+    index = int(concrete(node.args[2])) % source.shape[axis]
+    if positions is None or index not in positions.tolist():
+        raise NarrowError("a single coordinate of a narrowed axis is selected")
+    return Call(node.target, (node.args[0], axis, positions.tolist().index(index)), {})
+
+
+@_for("aten.roll", "aten.unfold", "aten.unbind", "aten.diagonal", "aten.pixel_shuffle", "aten.pixel_unshuffle",
+      "aten.group_norm", "aten.rot90")  # fmt: skip
+def _unaffected(node: fx.Node, cut: Cut) -> Call:
+    """Operations that mix an axis: no rewriting is known for a narrowed one."""
+    source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
+    shape = cut.shape(source)
+    axes = [int(concrete(parameter(node, "dim", 1, 0)))] if operation(node) == "aten.unbind" else range(len(shape))
+    if any(shape[axis] != source.shape[axis] for axis in axes):
+        raise NarrowError(f"{operation(node)} over a narrowed axis")
+    return Call(node.target, node.args, dict(node.kwargs))
+
+
+@_for("aten.conv1d", "aten.conv2d", "aten.conv3d")
+def _convolution(node: fx.Node, cut: Cut) -> Call:
+    groups = parameter(node, "groups", 6, 1)
+    source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
+    before, after = source.shape[1], cut.shape(source)[1]
+    if groups == 1 or before == after:
+        return Call(node.target, node.args, dict(node.kwargs))
+    defaults: tuple[Any, ...] = (None, None, None, 1, 0, 1, groups)
+    args = tuple(node.args) + defaults[len(node.args) :]
+    return Call(node.target, (*args[:6], groups * after // before), dict(node.kwargs))
+
+
+def moves(node: fx.Node) -> bool:
+    """Tell whether a node only moves data, so that a cut can be tried on its labels."""
+    name = operation(node)
+    return name in MOVES or name in ("aten.expand", "aten.broadcast_to", "aten.repeat", "aten.repeat_interleave",
+                                     "aten.split", "aten.chunk", "aten.split_with_sizes", "aten.unbind")  # fmt: skip
+
+
+def check(node: fx.Node, cut: Cut) -> None:
+    """Raise NarrowError unless a cut commutes with a data movement.
+
+    The operation is run on the labels before and after the cut; what comes out must be the same.
+    """
+    value = cut.labels.values.get(node)
+    if value is None or node.target is operator.getitem:
+        return
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, Value):
+            cut.shape(item)
+    call = resized(node, cut)
+    source = cut.labels.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    if not moves(node) or not isinstance(source, Value):
+        return
+    plain = Call(node.target, node.args, dict(node.kwargs))
+    for labels in source.labels:
+        full = labels.expand(source.shape)
+        expected, found = plain.run(full), call.run(cut.compress(source, full))
+        if isinstance(value, Value):
+            expected, found, pieces = [expected], [found], [value]
+        else:
+            pieces = list(value)
+        for own, want, got in zip(pieces, expected, found, strict=True):
+            want = cut.compress(own, want)
+            if want.shape != got.shape or not bool((want == got).all()):
+                raise NarrowError(f"what is left does not pass through {operation(node)} in order")

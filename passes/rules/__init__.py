@@ -1,0 +1,1 @@
+"""Label rules, one file per family of operations."""

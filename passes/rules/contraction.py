@@ -1,0 +1,208 @@
+"""Contractions: every matrix product is one rule over named axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxslim.labels import CONSTANT, Value, axes_of
+from fxslim.passes.rules.movement import repeat_axis
+from fxslim.passes.rules.walk import Walk, parameter, rule, sizes
+
+
+def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tuple[str, str, str]) -> Value:
+    """Multiply two values and sum over the axes that the output lacks.
+
+    Over a contracted axis a parameter ties its labels with the activation's, coordinate by coordinate; two activations
+    tie along the axis as well, because scales and rotary tables depend on its size.
+
+    Args:
+        walk: the walk.
+        node: the node, for the record of what is contracted where.
+        first: left operand.
+        second: right operand.
+        names: one letter per axis, for first, second and output.
+    """
+    left, right, out = names
+    summed = [letter for letter in dict.fromkeys(left + right) if letter not in out]
+    space = out + "".join(summed)
+    extent = {letter: max(size, 1) for letters, v in ((left, first), (right, second)) for letter, size in
+              zip(letters, v.shape, strict=True) if size != 1}  # fmt: skip
+    shape = tuple(extent.get(letter, 1) for letter in space)
+    operands = [_spread(value, letters, space) for value, letters in ((first, left), (second, right))]
+    sums = [space.index(letter) for letter in summed]
+    weights = [is_parameter(first), is_parameter(second)]
+    by_weight = weights[0] != weights[1]
+    if by_weight:
+        weight = operands[weights.index(True)]
+        other = operands[weights.index(False)]
+        for labels in weight.labels:
+            record = walk.contracted if axes_of(labels) & set(sums) else walk.produced
+            record.append((node, labels.reshape(-1)))
+            if axes_of(labels) & set(sums) and other.origin == CONSTANT:
+                _require_labels(walk, node, labels, other)
+    joined = walk.join(operands, shape)
+    rest: list[torch.Tensor] = []
+    for labels in joined.labels:
+        touched = axes_of(labels) & set(sums)
+        if not touched:
+            rest.append(labels)
+        elif by_weight:
+            walk.tie_along(labels, sorted(axes_of(labels) - touched))
+        else:
+            rest.append(walk.tie_along(labels, sorted(touched)))
+            walk.scores.append(rest[-1])
+    count = len(out)
+    kept = tuple(labels.reshape(labels.shape[:count]) for labels in rest)
+    return walk.tidy(Value(shape[:count], kept, joined.origin, joined.looked_up))
+
+
+def _require_labels(walk: Walk, node: fx.Node, labels: torch.Tensor, other: Value) -> None:
+    """Pin a parameter's contracted axis where the other operand is a table without labels."""
+    bare = [axis for axis in axes_of(labels) if other.along(axis) is None]
+    if bare:
+        walk.relations.pin(labels, walk.relations.pin_label("multiplies a table that has no channels", node.name))
+
+
+def is_parameter(value: Value) -> bool:
+    """Tell whether a value is computed from parameters alone and carries their labels."""
+    return value.origin == CONSTANT and not value.looked_up and bool(value.labels)
+
+
+def _spread(value: Value, letters: str, space: str) -> Value:
+    """Lay a value's axes out in the order of a larger space, size 1 where it has none."""
+    if len(set(letters)) != len(letters):
+        raise ValueError("repeated axis")
+
+    def lay(sizes_: Sequence[int]) -> list[int]:
+        own = dict(zip(letters, sizes_, strict=True))
+        return [own.get(letter, 1) for letter in space]
+
+    order = [letters.index(letter) for letter in space if letter in letters]
+    labels = tuple(own.permute(order).reshape(lay(own.shape)) for own in value.labels)
+    return Value(tuple(lay(value.shape)), labels, value.origin, value.looked_up)
+
+
+@rule("aten.linear")
+def linear(walk: Walk, node: fx.Node) -> Value:
+    """``x (..., in) @ weight (out, in).T + bias``."""
+    x, weight = walk.value(node.args[0]), walk.value(node.args[1])
+    batch = "abcdefgh"[: len(x.shape) - 1]
+    out = contract(walk, node, x, weight, (batch + "i", "oi", batch + "o"))
+    bias = parameter(node, "bias", 2)
+    return out if bias is None else walk.join([out, walk.value(bias)], sizes(node))
+
+
+@rule("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot")
+def matmul(walk: Walk, node: fx.Node) -> Value:
+    """Matrix product with broadcast batch axes."""
+    return _matmul(walk, node, walk.value(node.args[0]), walk.value(node.args[1]))
+
+
+def _matmul(walk: Walk, node: fx.Node, first: Value, second: Value) -> Value:
+    rows = "m" if len(first.shape) > 1 else ""
+    columns = "n" if len(second.shape) > 1 else ""
+    left, right = len(first.shape) - 1 - len(rows), len(second.shape) - 1 - len(columns)
+    batch = "abcdefgh"[: max(left, right)]
+    names = (batch[len(batch) - left :] + rows + "k", batch[len(batch) - right :] + "k" + columns, batch + rows + columns)
+    return contract(walk, node, first, second, names)
+
+
+@rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm")
+def addmm(walk: Walk, node: fx.Node) -> Any:
+    """``bias + first @ second``."""
+    product = _matmul(walk, node, walk.value(node.args[1]), walk.value(node.args[2]))
+    if len(product.shape) != len(sizes(node)):
+        return walk.opaque(node, "no rule for summing over the batch of a product")
+    return walk.join([product, walk.value(node.args[0])], sizes(node))
+
+
+@rule("aten.einsum")
+def einsum(walk: Walk, node: fx.Node) -> Any:
+    """Einstein sums of one or two operands."""
+    equation = str(node.args[0]).replace(" ", "")
+    values = [walk.value(argument) for argument in node.args[1]]  # type: ignore[union-attr]
+    names = _letters(equation, values)
+    if names is None:
+        return walk.opaque(node, f"no rule for einsum {equation!r}")
+    if len(values) == 1:
+        order = [names[0].index(letter) for letter in names[-1]]
+        shape = tuple(values[0].shape[axis] for axis in order)
+        summed = [axis for axis, letter in enumerate(names[0]) if letter not in names[-1]]
+        kept = [letter for letter in names[0] if letter in names[-1]]
+        reduced = walk.reduce(values[0], summed, keepdim=False) if summed else values[0]
+        return walk.move(reduced, lambda t: t.permute([kept.index(letter) for letter in names[-1]]), shape)
+    return contract(walk, node, values[0], values[1], (names[0], names[1], names[2]))
+
+
+def _letters(equation: str, values: list[Value]) -> tuple[str, ...] | None:
+    """Expand an einsum equation into plain letters, or return None where no rule covers it."""
+    if len(values) not in (1, 2):
+        return None
+    inputs, _, out = equation.partition("->")
+    terms = inputs.split(",")
+    if "->" not in equation:
+        letters = [letter for letter in sorted(set(inputs)) if letter.isalpha()]
+        out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
+    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
+    most = max(len(v.shape) - len(t.replace("...", "")) for t, v in zip(terms, values, strict=True))
+    dots = "".join(spare[:most])
+    expanded = []
+    for term, value in zip(terms, values, strict=True):
+        count = len(value.shape) - len(term.replace("...", ""))
+        expanded.append(term.replace("...", dots[len(dots) - count :]))
+    expanded.append(out.replace("...", dots))
+    return None if any(len(set(term)) != len(term) for term in expanded) else tuple(expanded)
+
+
+@rule("aten.scaled_dot_product_attention")
+def attention(walk: Walk, node: fx.Node) -> Value:
+    """Scores, softmax and weighted sum, as the three operations they stand for."""
+    query, key, value = (walk.value(argument) for argument in node.args[:3])
+    if parameter(node, "enable_gqa", 7, False):
+        times = query.shape[-3] // key.shape[-3]
+        if times > 1:
+            key, value = repeat_axis(walk, key, -3, times), repeat_axis(walk, value, -3, times)
+    batch = "abcdefgh"[: len(query.shape) - 2]
+    scores = contract(walk, node, query, key, (batch + "se", batch + "te", batch + "st"))
+    mask = parameter(node, "attn_mask", 3)
+    if mask is not None:
+        scores = walk.join([scores, walk.value(mask)], scores.shape)
+    scores = walk.tie_axes(scores, [-1])
+    return contract(walk, node, scores, value, (batch + "st", batch + "te", batch + "se"))
+
+
+@rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
+def convolution(walk: Walk, node: fx.Node) -> Any:
+    """Contract the channel axis; a depthwise convolution is pointwise in its channels."""
+    x, weight = walk.value(node.args[0]), walk.value(node.args[1])
+    space = len(weight.shape) - 2
+    out_shape = sizes(node)
+    if len(x.shape) != space + 2:
+        return walk.opaque(node, "no rule for a convolution without a batch axis")
+    groups = parameter(node, "groups", 6, 1)
+    if any(axes_of(labels) - {1} for labels in x.labels):
+        return walk.opaque(node, "convolution over a labelled axis")
+    kernel = weight.labels
+    spatial = [labels for labels in kernel if min(axes_of(labels), default=0) >= 2]
+    for labels in spatial:
+        walk.relations.pin(labels, walk.relations.pin_label("kernel of a convolution", node.name))
+    flat = tuple(labels.reshape(labels.shape[:2]) for labels in kernel if axes_of(labels) <= {0, 1})
+    matrix = Value(weight.shape[:2], flat, weight.origin, weight.looked_up)
+    own = tuple(labels.reshape(labels.shape[:2]) for labels in x.labels)
+    channels = Value(x.shape[:2], own, x.origin, x.looked_up)
+    if groups == 1:
+        product = contract(walk, node, channels, matrix, ("bi", "oi", "bo"))
+    elif groups == x.shape[1] == weight.shape[0]:
+        scale = walk.move(matrix, lambda t: t[:, :1].reshape(1, -1), (1, weight.shape[0]))
+        product = walk.join([channels, scale], (x.shape[0], x.shape[1]))
+    else:
+        return walk.opaque(node, f"no rule for a convolution in {groups} groups")
+    bias = parameter(node, "bias", 2)
+    if bias is not None:
+        product = walk.join([product, walk.value(bias)], product.shape)
+    labels = tuple(own.reshape(tuple(own.shape) + (1,) * space) for own in product.labels)
+    return Value(out_shape, labels, product.origin, product.looked_up)

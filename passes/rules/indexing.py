@@ -1,0 +1,109 @@
+"""Indexing by data: pass where labels are constant along the indexed axis, else pin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxslim.labels import CONSTANT, Value
+from fxslim.passes.rules.walk import Walk, concrete, parameter, rule, sizes
+
+
+@rule("aten.embedding")
+def embedding(walk: Walk, node: fx.Node) -> Value:
+    """Rows stay, because any may be looked up; columns pass."""
+    table, index = walk.value(node.args[0]), walk.value(node.args[1])
+    _pin_axis(walk, node, table, 0)
+    _pin_all(walk, node, index)
+    shape = sizes(node)
+    columns = tuple(own.reshape((1,) * (len(shape) - 1) + (-1,)) for own in table.labels if own.shape[0] == 1)
+    return Value(shape, columns, _data(walk, node, index), index.looked_up)
+
+
+def _pin_axis(walk: Walk, node: fx.Node, value: Value, axis: int) -> None:
+    labels = value.along(axis)
+    if labels is not None:
+        walk.relations.pin(labels, walk.relations.pin_label("indexed by data", node.name))
+
+
+def _pin_all(walk: Walk, node: fx.Node, value: Value) -> None:
+    for labels in value.labels:
+        walk.relations.pin(labels, walk.relations.pin_label("used as an index", node.name))
+
+
+def _data(walk: Walk, node: fx.Node, index: Value) -> int:
+    """What a table returns for the user's integers is data; for positions it is a constant."""
+    if index.origin != CONSTANT:
+        return index.origin
+    return walk.relations.pin_label("looked up by an input of the model", node.name) if index.looked_up else CONSTANT
+
+
+@rule("aten.index", "aten._unsafe_index")
+def index(walk: Walk, node: fx.Node) -> Any:
+    """Advanced indexing: labels that do not vary along the indexed axes pass."""
+    value = walk.value(node.args[0])
+    indices = list(node.args[1])  # type: ignore[arg-type]
+    shape = sizes(node)
+    read = [walk.value(argument) for argument in indices if argument is not None]
+    for own in read:
+        _pin_all(walk, node, own)
+    masks = any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices)
+    passed = []
+    axis = 0
+    indexed: list[int] = []
+    for argument in indices:
+        width = argument.meta["val"].ndim if argument is not None and masks else 1
+        if argument is not None:
+            indexed.extend(range(axis, axis + width))
+        axis += width
+    for labels in value.labels:
+        if any(labels.shape[i] > 1 for i in indexed):
+            walk.relations.pin(labels, walk.relations.pin_label("indexed by data", node.name))
+            continue
+        passed.append(_indexed(labels, indexed, len(shape)))
+    operands = [value, *read]
+    origin = next((own.origin for own in operands if own.origin != CONSTANT), CONSTANT)
+    looked_up = any(own.looked_up for own in operands)
+    if origin == CONSTANT and looked_up and value.labels:
+        origin = walk.relations.pin_label("looked up by an input of the model", node.name)
+    return Value(shape, tuple(passed), origin, looked_up)
+
+
+def _indexed(labels: torch.Tensor, indexed: list[int], rank: int) -> torch.Tensor:
+    """Lay labels out after advanced indexing: indexed axes next to each other are replaced in place, others in front."""
+    together = indexed == list(range(indexed[0], indexed[-1] + 1))
+    kept = [size for axis, size in enumerate(labels.shape) if axis not in indexed]
+    created = (1,) * (rank - len(kept))
+    front = indexed[0] if together else 0
+    return labels.reshape(*kept[:front], *created, *kept[front:])
+
+
+@rule("aten.index_select", "aten.gather", "aten.take_along_dim")
+def select(walk: Walk, node: fx.Node) -> Value:
+    """Pick coordinates of one axis by data."""
+    gathers = "index_select" not in str(node.target)
+    position = {True: ("index", 1, "dim", 2), False: ("index", 2, "dim", 1)}["take_along" in str(node.target)]
+    value = walk.value(node.args[0])
+    chosen = walk.value(parameter(node, position[0], position[1]))
+    axis = int(concrete(parameter(node, position[2], position[3], 0))) % max(len(value.shape), 1)
+    _pin_axis(walk, node, value, axis)
+    shape = sizes(node)
+    rest = tuple(own for own in value.labels if own.shape[axis] == 1)
+    source = Value(shape, rest, value.origin, value.looked_up)
+    if not gathers:
+        _pin_all(walk, node, chosen)
+        return Value(shape, rest, _data(walk, node, chosen) or value.origin, value.looked_up or chosen.looked_up)
+    return walk.join([source, chosen], shape)
+
+
+@rule("aten.scatter", "aten.scatter_add", "aten.index_add", "aten.index_copy", "aten.index_put", "aten.slice_scatter",
+      "aten.select_scatter", "aten.masked_scatter", "aten.scatter_reduce")  # fmt: skip
+def scatter(walk: Walk, node: fx.Node) -> Any:
+    """Writes at places given by data: only unlabelled values pass."""
+    operands = walk.operands(node)
+    if any(operand.labels for operand in operands):
+        return walk.opaque(node, f"no rule for {node.target} on labelled values")
+    origin = next((operand.origin for operand in operands if operand.origin != CONSTANT), CONSTANT)
+    return walk.bare(node, origin, looked_up=any(operand.looked_up for operand in operands))

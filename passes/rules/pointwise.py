@@ -1,0 +1,69 @@
+"""Pointwise operations: tie element by element, broadcast operands are parents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxslim.labels import Value
+from fxslim.passes.rules.walk import Walk, rule, sizes
+
+LIKE_POINTWISE = (
+    "aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.contiguous", "aten.clone", "aten.detach",
+    "aten.alias", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.to", "aten._to_copy", "aten.type_as", "aten.where",
+    "aten.masked_fill", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
+    "aten.randn_like", "aten.float", "aten.half", "aten.gelu", "aten.silu", "aten.mish", "aten.hardswish", "aten.prelu",
+    "aten.native_dropout", "aten._conj", "aten.resolve_conj", "aten.resolve_neg", "aten.positive", "aten.copy",
+    "aten.fill", "aten.masked_fill_", "aten.bernoulli", "aten.tril", "aten.triu", "aten.view_as", "aten.reshape_as",
+    "aten.selu", "aten.celu", "aten.elu", "aten.rrelu", "aten.softplus", "aten.nan_to_num", "aten.addcmul",
+    "aten.addcdiv", "aten.lerp", "aten.type", "aten.bool", "aten.int", "aten.long", "aten.double", "aten.bfloat16",
+    "aten.square", "aten.zero", "aten._assert_async",
+)  # fmt: skip
+
+
+@rule(*LIKE_POINTWISE)
+def pointwise(walk: Walk, node: fx.Node) -> Any:
+    """Join every operand element by element."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, tuple | list):
+            joined = walk.join(walk.operands(node), tuple(walk.operands(node)[0].shape))
+            return tuple(joined if isinstance(item, torch.Tensor) else None for item in value)
+        return None
+    return walk.join(walk.operands(node), sizes(node))
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Tell whether torch itself calls an operation pointwise."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+@rule("aten.complex", "aten.polar")
+def pair(walk: Walk, node: fx.Node) -> Value:
+    """Join the two halves of complex numbers."""
+    return walk.join(walk.operands(node), sizes(node))
+
+
+@rule("aten.view_as_real")
+def as_real(walk: Walk, node: fx.Node) -> Value:
+    """Add an unlabelled axis of two."""
+    value = walk.value(node.args[0])
+    return walk.move(value, lambda t: t.unsqueeze(-1).expand(*t.shape, 2), sizes(node))
+
+
+@rule("aten.view_as_complex")
+def as_complex(walk: Walk, node: fx.Node) -> Value:
+    """Tie real and imaginary parts."""
+    return walk.reduce(walk.value(node.args[0]), [-1], keepdim=False)
+
+
+@rule("aten.glu")
+def glu(walk: Walk, node: fx.Node) -> Value:
+    """Join the first half of an axis with the second."""
+    value = walk.value(node.args[0])
+    axis = node.args[1] if len(node.args) > 1 else -1
+    shape = sizes(node)
+    halves = [walk.move(value, lambda t, i=i: t.chunk(2, axis)[i], shape) for i in (0, 1)]  # type: ignore[misc]
+    return walk.join(halves, shape)

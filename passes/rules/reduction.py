@@ -1,0 +1,119 @@
+"""Reductions, softmax and norms: tie all labels along the axis, pass the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxslim.labels import Value
+from fxslim.passes.rules.walk import Walk, concrete, parameter, rule, sizes
+
+ALONG = (
+    "aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod",
+    "aten.logcumsumexp", "aten.softmin", "aten._safe_softmax", "aten.sparsemax",
+)  # fmt: skip
+
+
+@rule(*ALONG)
+def along(walk: Walk, node: fx.Node) -> Value:
+    """Tie along one axis, which stays."""
+    return walk.tie_axes(walk.value(node.args[0]), [int(concrete(parameter(node, "dim", 1)))])
+
+
+REDUCTIONS = (
+    "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.prod", "aten.logsumexp", "aten.any", "aten.all",
+    "aten.var", "aten.std", "aten.var_mean", "aten.std_mean", "aten.argmax", "aten.argmin", "aten.norm", "aten.max",
+    "aten.min", "aten.linalg_vector_norm", "aten.median", "aten.count_nonzero",
+)  # fmt: skip
+
+
+@rule(*REDUCTIONS)
+def reduction(walk: Walk, node: fx.Node) -> Any:
+    """Tie along the reduced axes and remove them."""
+    value = walk.value(node.args[0])
+    schema = node.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    if "other" in names:  # max(x, y) is pointwise
+        return walk.join(walk.operands(node), sizes(node))
+    axes: Any = None
+    if "dim" in names:
+        axes = concrete(parameter(node, "dim", names.index("dim")))
+    if axes is None or axes == []:
+        axes = list(range(len(value.shape)))
+    axes = [axes] if isinstance(axes, int) else list(axes)
+    keepdim = bool(parameter(node, "keepdim", names.index("keepdim"), False)) if "keepdim" in names else False
+    reduced = walk.reduce(value, axes, keepdim=keepdim) if value.shape else value
+    result = node.meta["val"]
+    return tuple(reduced for _ in result) if isinstance(result, tuple | list) else reduced
+
+
+@rule("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm", "aten._fused_rms_norm")
+def layer_norm(walk: Walk, node: fx.Node) -> Any:
+    """Tie along the normalised axes; weight and bias go with them."""
+    value = walk.value(node.args[0])
+    count = len(node.args[1])  # type: ignore[arg-type]
+    walk.tie_axes(value, list(range(len(value.shape) - count, len(value.shape))))
+    extra = [walk.value(argument) for argument in node.args[2:4] if isinstance(argument, fx.Node)]
+    joined = walk.join([value, *extra], value.shape)
+    result = node.meta["val"]
+    if isinstance(result, tuple | list):
+        rest = walk.bare(node, joined.origin)
+        return (joined, *rest[1:])
+    return joined
+
+
+@rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training")
+def batch_norm(walk: Walk, node: fx.Node) -> Any:
+    """In inference a batch norm is a scale and shift of each channel."""
+    value = walk.value(node.args[0])
+    spread = (1, -1) + (1,) * (len(value.shape) - 2)
+    extra = []
+    for argument in node.args[1:5]:
+        if isinstance(argument, fx.Node):
+            own = walk.value(argument)
+            shape = tuple(own.shape[0] if size == -1 else 1 for size in spread)
+            extra.append(walk.move(own, lambda t: t.reshape(spread), shape))
+    joined = walk.join([value, *extra], value.shape)
+    result = node.meta["val"]
+    return (joined, *walk.bare(node, joined.origin)[1:]) if isinstance(result, tuple | list) else joined
+
+
+@rule("aten.group_norm")
+def group_norm(walk: Walk, node: fx.Node) -> Value:
+    """Tie the channels of all groups: a group's channels cannot go alone without changing the groups."""
+    value = walk.value(node.args[0])
+    walk.tie_axes(value, list(range(1, len(value.shape))))
+    spread = (1, -1) + (1,) * (len(value.shape) - 2)
+    extra = []
+    for argument in node.args[2:4]:
+        if isinstance(argument, fx.Node):
+            own = walk.value(argument)
+            shape = tuple(own.shape[0] if size == -1 else 1 for size in spread)
+            extra.append(walk.move(own, lambda t: t.reshape(spread), shape))
+    return walk.join([value, *extra], value.shape)
+
+
+@rule("aten.topk", "aten.sort")
+def ordered(walk: Walk, node: fx.Node) -> Any:
+    """Selecting by value mixes the axis: pin what varies along it, pass the rest."""
+    value = walk.value(node.args[0])
+    position = 2 if "topk" in str(node.target) else 1
+    axis = int(concrete(parameter(node, "dim", position, -1))) % len(value.shape)
+    labels = value.along(axis)
+    if labels is not None:
+        walk.relations.pin(labels, walk.relations.pin_label(f"selected by value ({node.target})", node.name))
+    shape = tuple(node.meta["val"][0].shape)
+    count = int(concrete(shape[axis]))
+    rest = tuple(own for own in value.labels if own.shape[axis] == 1)
+    out = tuple(count if a == axis else size for a, size in enumerate(value.shape))
+    result = Value(out, rest, value.origin, value.looked_up)
+    return (result, result)
+
+
+@rule("aten.one_hot")
+def one_hot(walk: Walk, node: fx.Node) -> Value:
+    """Add an unlabelled axis."""
+    value = walk.value(node.args[0])
+    return walk.move(value, lambda t: t.unsqueeze(-1).expand(sizes(node)), sizes(node))
+
