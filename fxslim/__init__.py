@@ -1,0 +1,76 @@
+"""Make trained transformers physically smaller, and prove that masked and narrowed are the same.
+
+Names are looked up on first use: ``import fxslim`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxslim import count, errors, timer
+    from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
+    from fxslim.errors import FxslimError
+    from fxslim.hf import from_pretrained, save_pretrained
+    from fxslim.plan import Plan
+
+__version__ = "0.1.0"
+
+_SUBMODULES = frozenset({"count", "errors", "timer"})
+_HOMES = MappingProxyType(
+    {
+        **dict.fromkeys(("compile", "inspect", "masked", "plan", "slim", "verify"), "fxslim.api"),
+        **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
+        **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
+        "FxslimError": "fxslim.errors",
+        "Plan": "fxslim.plan",
+    }
+)
+"""Public name -> the module that defines it."""
+
+__all__ = [
+    "FxslimError",
+    "Inspection",
+    "Plan",
+    "Report",
+    "__version__",
+    "compile",
+    "count",
+    "errors",
+    "from_pretrained",
+    "inspect",
+    "masked",
+    "plan",
+    "save_pretrained",
+    "slim",
+    "timer",
+    "verify",
+]
+
+
+class _Package(ModuleType):
+    """The package itself: ``fxslim.plan`` stays the function when the submodule of that name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fxslim.{name}")
+    if name in _HOMES:
+        value: object = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fxslim' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+sys.modules[__name__].__class__ = _Package
