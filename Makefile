@@ -23,7 +23,6 @@ test: lint types
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
-	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'

@@ -53,9 +53,7 @@ def check_free(folder: Path, *, force: bool) -> None:
     if not force:
         raise InputError(f"{folder} exists already; choose another folder, or replace it with --force (force=True).")
     if not (folder / MARK).exists():
-        raise InputError(
-            f"{folder} holds no {MARK}, so it is no checkpoint and is not replaced; choose another folder."
-        )
+        raise InputError(f"{folder} holds no {MARK}: it is no checkpoint and is not replaced; choose another folder.")
 
 
 def _swap(new: Path, folder: Path, aside: Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from fxslim.errors import InputError, PlanError, UnsupportedModelError, VerifyError
 from fxslim.folder import replacing
@@ -86,7 +86,7 @@ def load_dense(name: str | PathLike[str], *, dtype: str = "auto") -> PreTrainedM
     """
     config = _config(name)
     try:
-        return cast(PreTrainedModel, model_class(config).from_pretrained(fspath(name), config=config, dtype=dtype))
+        return model_class(config).from_pretrained(fspath(name), config=config, dtype=dtype)
     except OSError as error:
         raise InputError(f"cannot load {name}: {_first_line(error)}") from error
 
@@ -97,7 +97,9 @@ def skeleton(name: str | PathLike[str]) -> PreTrainedModel:
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{name} is quantized; narrow the original model and quantize the result.")
     with torch.device("meta"):
-        return cast(PreTrainedModel, model_class(config)._from_config(config)).eval()
+        model: PreTrainedModel = model_class(config)._from_config(config)
+    model.eval()
+    return model
 
 
 def save_pretrained(
@@ -153,8 +155,9 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
     plan = _read_plan(folder, where)
     config, rest = AutoConfig.from_pretrained(fspath(folder), return_unused_kwargs=True, **where, **hf_kwargs)
     original = model_class(config)
+    narrowed: Any = _narrowed(original, plan)
     try:
-        model, info = _narrowed(original, plan).from_pretrained(
+        model, info = narrowed.from_pretrained(
             fspath(folder), config=config, output_loading_info=True, **where, **loading, **rest
         )
     except RuntimeError as error:
@@ -212,7 +215,8 @@ def _copy_tokenizer(source: str | PathLike[str], folder: Path) -> None:
 def _check_saved(small: PreTrainedModel, folder: Path) -> None:
     """Load a folder and compare every tensor, and what the model computes, with the model in memory, bit for bit."""
     implementation = small.config._attn_implementation
-    loaded = from_pretrained(folder, dtype=small.dtype, attn_implementation=implementation).to(small.device)
+    loaded: nn.Module = from_pretrained(folder, dtype=small.dtype, attn_implementation=implementation)
+    loaded.to(small.device)
     expected = {**dict(small.named_parameters()), **dict(small.named_buffers())}
     found = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
     for name in sorted(expected.keys() ^ found.keys()):
@@ -224,7 +228,7 @@ def _check_saved(small: PreTrainedModel, folder: Path) -> None:
     _check_outputs(small, loaded)
 
 
-def _check_outputs(small: PreTrainedModel, loaded: PreTrainedModel) -> None:
+def _check_outputs(small: nn.Module, loaded: nn.Module) -> None:
     """Run both models, which share their tensors now, on inputs made from the config."""
     try:
         candidates = bind(small, None)

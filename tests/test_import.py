@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"labels"}),
     frozenset({"program", "plan", "site"}),
-    frozenset({"trace", "inputs", "match", "pipeline", "text", "report", "count", "timer"}),
+    frozenset({"trace", "inputs", "flow", "match", "forms", "pipeline", "text", "report", "count", "timer", "folder"}),
     frozenset({"passes"}),
     frozenset({"api"}),
     frozenset({"hf", "cli", "demo"}),
