@@ -170,21 +170,29 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
 
 
 def _config(name: str | PathLike[str]) -> PreTrainedConfig:
+    _check_there(name)
     if (Path(name) / PLAN_FILE).exists():
         raise InputError(f"{name} is narrowed already; load it with fxslim.from_pretrained.")
     try:
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(fspath(name)))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name} is neither a model folder nor a model that can be fetched: {_first_line(error)}"
-        ) from error
+        raise InputError(f"{name} cannot be read as a model: {_first_line(error)}") from error
+
+
+def _check_there(name: str | PathLike[str]) -> None:
+    """Raise InputError for what can only be a folder and is not there; hub names have at most one slash."""
+    path = Path(name)
+    local = isinstance(name, PathLike) or path.is_absolute() or len(path.parts) > 2 or fspath(name).startswith(".")
+    if local and not path.is_dir():
+        raise InputError(f"there is no folder {name}.")
 
 
 def _read_plan(folder: str | PathLike[str], where: dict[str, Any]) -> Plan:
+    _check_there(folder)
     try:
         path = cached_file(fspath(folder), PLAN_FILE, _raise_exceptions_for_missing_entries=False, **where)
     except OSError as error:
-        raise InputError(f"cannot find {folder}: {_first_line(error)}") from error
+        raise InputError(f"cannot fetch {folder}: {_first_line(error)}") from error
     if path is None:
         raise InputError(f"{folder} holds no {PLAN_FILE}: it was not written by fxslim; load it with transformers.")
     return Plan.from_json(Path(path).read_text(encoding="utf-8"))

@@ -158,7 +158,7 @@ def test_what_fxslim_refuses_is_one_line_and_exit_code_1(
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     result = run("inspect", tmp_path / "missing")
     assert result.exit_code == 1
-    assert "missing is no model folder and cannot be fetched" in result.stderr.strip().splitlines()[-1]
+    assert f"there is no folder {tmp_path / 'missing'}" in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

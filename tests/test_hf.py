@@ -14,7 +14,7 @@ from transformers import BertConfig, PreTrainedModel
 
 import fxslim
 from fxslim import hf
-from fxslim.errors import FxslimError, InputError, PlanError, UnsupportedModelError, VerifyError
+from fxslim.errors import InputError, PlanError, UnsupportedModelError, VerifyError
 
 from architectures import ARCHITECTURES
 
@@ -179,10 +179,21 @@ def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FxslimError, match="nothing-here"):
-        fxslim.from_pretrained(tmp_path / "nothing-here")
-    with pytest.raises(InputError, match=r"nothing-here is no model folder and cannot be fetched"):
-        hf.load_dense(tmp_path / "nothing-here")
+    for load in (fxslim.from_pretrained, hf.load_dense, hf.skeleton):
+        with pytest.raises(InputError, match=r"there is no folder .*nothing-here"):
+            load(tmp_path / "nothing-here")
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_refused() -> None:
+    with pytest.raises(InputError, match="nobody/nothing cannot be read as a model"):
+        hf.load_dense("nobody/nothing")
+    with pytest.raises(InputError, match="nobody/nothing"):
+        fxslim.from_pretrained("nobody/nothing")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read as a model"):
+        hf.load_dense(tmp_path)
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
