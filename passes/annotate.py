@@ -13,7 +13,7 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Components, Pin, Value, solve
 from fxslim.passes.rules import contraction, indexing, movement, pointwise, reduction  # noqa: F401 - fill RULES
-from fxslim.passes.rules.walk import RULES, Walk
+from fxslim.passes.rules.walk import RULES, Use, Walk
 from fxslim.program import Program, hint
 
 SHAPE_ONLY = ("aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.sym_is_contiguous")
@@ -31,8 +31,8 @@ class Labels:
         values: node -> Value, or a tuple of Values.
         starts: (tensor name, dimension) -> first label of that dimension; the others follow.
         components: the solved relations.
-        contracted: (node, parameter labels along the contracted axis) of every product with a parameter.
-        produced: (node, parameter labels along the axis that becomes the output), likewise.
+        contracted: uses of parameters along an axis that is summed over.
+        produced: uses of parameters along an axis that becomes an output's.
         unknown: operations without a rule -> first node.
         pins: pin label -> reason.
         scores: components of the heads of score products (two activations multiplied).
@@ -42,8 +42,8 @@ class Labels:
     values: Mapping[fx.Node, Any]
     starts: Mapping[tuple[str, int], int]
     components: Components
-    contracted: tuple[tuple[fx.Node, np.ndarray], ...]
-    produced: tuple[tuple[fx.Node, np.ndarray], ...]
+    contracted: tuple[Use, ...]
+    produced: tuple[Use, ...]
     unknown: Mapping[str, str]
     pins: Mapping[int, Pin]
     scores: frozenset[int]
@@ -86,8 +86,8 @@ def annotate(program: Program) -> Labels:
         components=components,
         scores=frozenset(np.unique(components.of[np.concatenate(scores)]).tolist()) if scores else frozenset(),
         ties={int(components.of[label]): name for label, name in reversed(walk.tied)},
-        contracted=tuple((node, labels.numpy()) for node, labels in walk.contracted),
-        produced=tuple((node, labels.numpy()) for node, labels in walk.produced),
+        contracted=tuple(walk.contracted),
+        produced=tuple(walk.produced),
         unknown=walk.unknown,
         pins=walk.relations.pins,
     )

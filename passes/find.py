@@ -15,6 +15,7 @@ from fxslim.labels import Value
 from fxslim.passes.annotate import Labels
 from fxslim.passes.cut import Cut, closed
 from fxslim.passes.resize import check
+from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
 from fxslim.program import Program, module_path
 
@@ -104,15 +105,10 @@ class _Search:
         """Tensor dimensions that become an output's axis somewhere."""
         return self._keys_with(self.labels.produced)
 
-    def _keys_with(self, record: tuple[tuple[fx.Node, np.ndarray], ...]) -> set[tuple[str, int]]:
+    def _keys_with(self, uses: tuple[Use, ...]) -> set[tuple[str, int]]:
         starts = np.array([self.labels.starts[key] for key in self.keys])
-        found = set()
-        for _, used in record:
-            for start in np.unique(np.searchsorted(starts, used[[0, -1]], side="right") - 1):
-                found.add(self.keys[int(start)])
-            first = self.keys[int(np.searchsorted(starts, used.min(), side="right") - 1)]
-            found.add(first)
-        return found
+        firsts = [int(use.labels.min()) for use in uses]
+        return {self.keys[int(i)] for i in np.searchsorted(starts, firsts, side="right") - 1} if firsts else set()
 
     @cached_property
     def counts(self) -> csr_matrix:
@@ -270,8 +266,8 @@ class _Search:
         owner = key[0].rpartition(".")[0]
         start = self.labels.starts[key]
         size = len(self.rows[key])
-        for node, used in self.labels.contracted:
-            if used.size and start <= int(used.min()) < start + size and module_path(node) != owner:
+        for use in self.labels.contracted:
+            if start <= int(use.labels.min()) < start + size and module_path(use.node) != owner:
                 return None
         return owner
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Value, axes_of
 from fxslim.passes.rules.movement import repeat_axis
-from fxslim.passes.rules.walk import Walk, parameter, rule, sizes
+from fxslim.passes.rules.walk import Use, Walk, parameter, rule, sizes
 
 
 def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tuple[str, str, str]) -> Value:
@@ -39,10 +39,16 @@ def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tupl
     if by_weight:
         weight = operands[weights.index(True)]
         other = operands[weights.index(False)]
+        letters = names[weights.index(False)]
+        activation = _arguments(node)[weights.index(False)]
         for labels in weight.labels:
-            record = walk.contracted if axes_of(labels) & set(sums) else walk.produced
-            record.append((node, labels.reshape(-1)))
-            if axes_of(labels) & set(sums) and other.origin == CONSTANT:
+            summed_axes = axes_of(labels) & set(sums)
+            if not summed_axes:
+                walk.produced.append(Use(node, labels.reshape(-1)))
+                continue
+            axis = letters.index(space[min(summed_axes)]) if len(summed_axes) == 1 else None
+            walk.contracted.append(Use(node, labels.reshape(-1), activation, axis))
+            if other.origin == CONSTANT:
                 _require_labels(walk, node, labels, other)
     joined = walk.join(operands, shape)
     rest: list[torch.Tensor] = []
@@ -58,6 +64,18 @@ def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tupl
     count = len(out)
     kept = tuple(labels.reshape(labels.shape[:count]) for labels in rest)
     return walk.tidy(Value(shape[:count], kept, joined.origin, joined.looked_up))
+
+
+def _arguments(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """Return the two nodes that a product multiplies, in the order of its operands."""
+    name = str(node.target)
+    if "einsum" in name:
+        first, second = node.args[1]  # type: ignore[misc]
+    elif "addmm" in name or "baddbmm" in name or "addmv" in name:
+        first, second = node.args[1:3]
+    else:
+        first, second = node.args[:2]
+    return (first if isinstance(first, fx.Node) else None, second if isinstance(second, fx.Node) else None)
 
 
 def _require_labels(walk: Walk, node: fx.Node, labels: torch.Tensor, other: Value) -> None:

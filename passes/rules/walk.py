@@ -28,6 +28,23 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+@dataclass(frozen=True)
+class Use:
+    """One axis of a parameter in one product.
+
+    Attributes:
+        node: the product.
+        labels: the parameter's labels along the axis.
+        activation: the argument that the parameter multiplies.
+        axis: the axis of the activation that meets the parameter's (only where it is summed over).
+    """
+
+    node: fx.Node
+    labels: torch.Tensor
+    activation: fx.Node | None = None
+    axis: int | None = None
+
+
 @dataclass
 class Walk:
     """State of one walk over a graph: labels of the nodes so far, relations, and where parameters are contracted.
@@ -35,8 +52,8 @@ class Walk:
     Attributes:
         values: node -> Value, or a tuple of Values for operations with several results.
         relations: ties, parents, pins.
-        contracted: (node, labels of a parameter along the contracted axis), one entry per contraction.
-        produced: (node, labels of a parameter along the axis that becomes the output), one entry per contraction.
+        contracted: uses of parameters along an axis that is summed over.
+        produced: uses of parameters along an axis that becomes the output's.
         unknown: names of operations without a rule, with the first node of each.
         scores: labels that are left on products of two activations: the heads of attention scores.
         tied: (a label, the operation) where coordinates were tied along an axis.
@@ -45,8 +62,8 @@ class Walk:
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     relations: Relations = field(default_factory=Relations)
-    contracted: list[tuple[fx.Node, torch.Tensor]] = field(default_factory=list)
-    produced: list[tuple[fx.Node, torch.Tensor]] = field(default_factory=list)
+    contracted: list[Use] = field(default_factory=list)
+    produced: list[Use] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
     scores: list[torch.Tensor] = field(default_factory=list)
     tied: list[tuple[int, str]] = field(default_factory=list)

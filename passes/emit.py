@@ -1,0 +1,225 @@
+"""Turn a graph into a GraphModule of our own: the model's names and signature, nothing that export left behind."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from fxslim.errors import InputError, UnsupportedModelError
+from fxslim.passes.annotate import ASSERTIONS, operation
+from fxslim.program import CallSpec, Program, hint, is_symbolic
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Binds a call to the traced inputs, and the results to the model's output type.
+
+    Attributes:
+        call: the traced call.
+        inputs: (name, fixed sizes by axis, dtype) of every leaf of the example; None where a leaf is no tensor.
+        name: what to call the model in errors.
+    """
+
+    call: CallSpec
+    inputs: tuple[tuple[str, Mapping[int, int], bool] | None, ...]
+    name: str
+
+    def bind(self, given: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
+        """Return the leaves of the inputs in the graph's order; raise InputError for anything that was not traced."""
+        given = {**given, **options}
+        for name, value in given.items():
+            if name not in self.call.example and not self._harmless(name, value):
+                raise InputError(
+                    f"{self.name} was compiled without the input {name!r}, so it cannot be given now. Compile with "
+                    f"example_inputs that hold it, or use fxslim.slim, which keeps the whole forward."
+                )
+        leaves = []
+        for name, traced in self.call.example.items():
+            leaves.extend(self._leaves(name, traced, given))
+        for leaf, spec in zip(leaves, self.inputs, strict=True):
+            self._check(leaf, spec)
+        return leaves
+
+    def _harmless(self, name: str, value: Any) -> bool:
+        default = self.call.defaults.get(name, inspect.Parameter.empty)
+        if value is None or value is False or value is default:
+            return True
+        return (name == "return_dict" and value is True) or (not isinstance(value, torch.Tensor) and value == default)
+
+    def _leaves(self, name: str, traced: Any, given: Mapping[str, Any]) -> list[Any]:
+        value = given.get(name)
+        if value is None and isinstance(traced, torch.Tensor):
+            if name not in self.call.filled:
+                raise InputError(f"{self.name} was compiled with the input {name!r}; give it.")
+            main = next(v for k, v in given.items() if isinstance(v, torch.Tensor) and k in self.call.example)
+            return [torch.ones(main.shape[: traced.ndim], dtype=traced.dtype, device=main.device)]
+        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(traced)):
+            if value is not None and value != traced:
+                raise InputError(f"{self.name} was compiled with {name}={traced!r}; it cannot take {value!r}.")
+            return pytree.tree_leaves(traced)
+        leaves, spec = pytree.tree_flatten(value)
+        if spec != pytree.tree_structure(traced):
+            raise InputError(f"{self.name} was compiled with another structure of the input {name!r}.")
+        return leaves
+
+    def _check(self, leaf: Any, spec: tuple[str, Mapping[int, int], bool] | None) -> None:
+        if spec is None:
+            return
+        name, fixed, floating = spec
+        if not isinstance(leaf, torch.Tensor):
+            raise InputError(f"input {name!r} must be a tensor, not {type(leaf).__name__}.")
+        if leaf.is_floating_point() != floating:
+            raise InputError(f"input {name!r} is {leaf.dtype}; {self.name} was compiled with another kind of numbers.")
+        for axis, size in fixed.items():
+            if leaf.ndim <= axis or leaf.shape[axis] != size:
+                raise InputError(
+                    f"input {name!r} has shape {tuple(leaf.shape)}, but axis {axis} was fixed at {size} when "
+                    f"{self.name} was traced; compile with example_inputs of that size, or use fxslim.slim."
+                )
+
+    def result(self, leaves: Any) -> Any:
+        """Return the results as the model returns them."""
+        return pytree.tree_unflatten(list(leaves), self.call.out_spec)
+
+
+class CallCodeGen(CodeGen):
+    """Generates ``forward`` with the model's own signature."""
+
+    def __init__(self, call: CallSpec) -> None:
+        super().__init__()
+        self.names = tuple(dict.fromkeys([*call.names, *call.example]))
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
+        """Return the head of ``forward``."""
+        parameters = ", ".join(f"{name}=None" for name in self.names)
+        given = ", ".join(f"{name!r}: {name}" for name in self.names)
+        placeholders = ", ".join(name.split(":")[0].split("#")[0].split("=")[0].strip() for name in free_vars)
+        bound = f"{placeholders}, = " if placeholders else ""
+        return (
+            f"def forward(self, {parameters}, **options){maybe_return_annotation}:\n"
+            f"    {bound}self._caller.bind({{{given}}}, options)"
+        )
+
+    def generate_output(self, output_args: Any, **_: Any) -> str:
+        """Return the last line of ``forward``."""
+        return f"return self._caller.result({output_args!r})"
+
+
+class CompiledModule(fx.GraphModule):
+    """A compiled model: called like the model, for inference."""
+
+    _caller: Caller
+
+    @property
+    def fxslim(self) -> Any:
+        """Return the plan and the report."""
+        return self.meta["fxslim"]
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Refuse training mode: dropout and losses were left out of the trace."""
+        if mode:
+            raise UnsupportedModelError(
+                "a compiled graph is for inference: dropout was traced in eval mode. Use fxslim.slim for a module "
+                "that trains."
+            )
+        return super().train(False)
+
+
+def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor], *, name: str) -> CompiledModule:
+    """Turn a rewritten graph into a module.
+
+    Args:
+        program: where the graph came from.
+        graph: the rewritten graph; it is taken over.
+        tensors: canonical tensor name -> tensor.
+        name: the model's class name.
+    """
+    _strip_assertions(graph)
+    _follow_device(graph, program)
+    root = nn.Module()
+    for tensor_name, tensor in tensors.items():
+        _register(root, tensor_name, tensor, program)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in program.tensor_of:
+            with graph.inserting_before(node):
+                attribute = graph.get_attr(program.tensor_of[node.name])
+            attribute.meta = dict(node.meta)
+            node.replace_all_uses_with(attribute)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    graph.set_codegen(CallCodeGen(program.call))
+    module = CompiledModule(root, graph, class_name=name)
+    for tensor_name, tensor in tensors.items():
+        _register(module, tensor_name, tensor, program)
+    for alias, canonical in program.aliases.items():
+        _register(module, alias, _get(module, canonical), program)
+    module._caller = Caller(program.call, _specs(program), name)
+    return module.eval()
+
+
+def _strip_assertions(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and operation(node) in ASSERTIONS:
+            graph.erase_node(node)
+
+
+def _follow_device(graph: fx.Graph, program: Program) -> None:
+    """Let every baked device follow the first input, so that the module can move."""
+    anchor = next((node for node in graph.nodes if node.op == "placeholder" and node.name in program.inputs
+                   and isinstance(node.meta.get("val"), torch.Tensor)), None)  # fmt: skip
+    if anchor is None:
+        return
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        device = graph.call_function(builtins.getattr, (anchor, "device"))
+    for node in graph.nodes:
+        if node.op == "call_function" and node is not device:
+            node.args = pytree.tree_map(lambda a: device if isinstance(a, torch.device) else a, node.args)
+            node.kwargs = pytree.tree_map(lambda a: device if isinstance(a, torch.device) else a, node.kwargs)
+
+
+def _register(root: nn.Module, name: str, tensor: torch.Tensor, program: Program) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = root
+    for part in path.split(".") if path else []:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner._modules[part]  # type: ignore[assignment]
+    original = program.tensors.get(name)
+    if isinstance(original, nn.Parameter) or isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=bool(original is not None and original.requires_grad))
+        owner._parameters[leaf] = tensor  # type: ignore[assignment]
+        owner._buffers.pop(leaf, None)
+    else:
+        owner._parameters.pop(leaf, None)
+        vars(owner).pop(leaf, None)
+        owner.register_buffer(leaf, tensor, persistent=name not in program.constants)
+
+
+def _get(root: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(root.get_submodule(path), leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def _specs(program: Program) -> tuple[tuple[str, Mapping[int, int], bool] | None, ...]:
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    specs: list[tuple[str, Mapping[int, int], bool] | None] = []
+    for name in program.inputs:
+        value = nodes[name].meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            specs.append(None)
+            continue
+        fixed = {axis: hint(size) for axis, size in enumerate(value.shape) if not is_symbolic(size)}
+        specs.append((name, fixed, value.is_floating_point()))
+    return tuple(specs)

@@ -1,0 +1,229 @@
+"""Rewrite a program's graph for a cut: narrowed tensors, new sizes, gathers at the edges of side inputs."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxslim.errors import NarrowError
+from fxslim.labels import Value
+from fxslim.passes.annotate import Labels, operation
+from fxslim.passes.cut import Cut
+from fxslim.passes.resize import RESIZES, Scaled, moves, resized
+from fxslim.passes.rules.walk import parameter
+from fxslim.program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph and its tensors, with the nodes of the original graph that the new ones stand for."""
+
+    graph: fx.Graph
+    tensors: Mapping[str, torch.Tensor]
+    twin: Mapping[fx.Node, fx.Node]
+
+
+def rewrite(program: Program, cut: Cut) -> Rewritten:
+    """Return the graph with what a cut removes taken out; the program is not changed.
+
+    Raises:
+        NarrowError: an operation cannot be rewritten for this cut.
+    """
+    graph, twin = copied(program)
+    tensors = {name: narrowed(program, cut, name, tensor) for name, tensor in program.tensors.items()}
+    for old in program.graph.nodes:
+        if old.op != "call_function" or old.target is operator.getitem:
+            continue
+        new = twin[old]
+        _align(old, new, cut, graph)
+        if operation(old) in RESIZES:
+            _resize(old, new, cut, graph, twin)
+    for old, new in twin.items():
+        _annotate_shape(old, new, cut)
+    return Rewritten(graph, tensors, twin)
+
+
+def copied(program: Program) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Copy a program's graph; return the copy and original node -> copied node."""
+    graph = fx.Graph()
+    twin: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(program.graph, twin)
+    graph.output(output)
+    for old in program.graph.nodes:
+        if old in twin:
+            twin[old].meta = dict(old.meta)
+    return graph, twin
+
+
+def narrowed(program: Program, cut: Cut, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return what stays of a tensor (the tensor itself where nothing goes)."""
+    for dim, size in enumerate(tensor.shape):
+        if (name, dim) in cut.labels.starts:
+            removed = cut.removed[cut.labels.of(name, dim, size)]
+            if removed.any():
+                rows = torch.from_numpy((~removed).nonzero()[0]).to(tensor.device)
+                tensor = tensor.detach().index_select(dim, rows)
+    return tensor
+
+
+def _resize(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph, twin: Mapping[fx.Node, fx.Node]) -> None:
+    call = resized(old, cut)
+    if call.target is old.target and call.args == old.args and call.kwargs == dict(old.kwargs):
+        return
+    source = new.args[0] if isinstance(new.args[0], fx.Node) else None
+
+    def translate(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return source if argument is old.args[0] and source is not None else twin[argument]
+        if isinstance(argument, Scaled):
+            return _scaled(argument, new, graph, twin)
+        if isinstance(argument, tuple | list):
+            return [translate(item) for item in argument]
+        return argument
+
+    new.target = call.target
+    new.args = tuple(translate(argument) for argument in call.args)
+    new.kwargs = {name: translate(argument) for name, argument in call.kwargs.items()}
+
+
+def _scaled(size: Scaled, before: fx.Node, graph: fx.Graph, twin: Mapping[fx.Node, fx.Node]) -> Any:
+    """Shrink one size for one use; a symbolic number is never changed in place, other views may share it."""
+    if not isinstance(size.old, fx.Node):
+        return int(size.old) * size.kept // size.total
+    with graph.inserting_before(before):
+        scaled = graph.call_function(operator.mul, (twin[size.old], size.kept))
+        scaled = graph.call_function(operator.floordiv, (scaled, size.total))
+    scaled.meta["val"] = size.old.meta["val"] * size.kept // size.total
+    return scaled
+
+
+def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
+    """Gather operands that keep more than their partners: side inputs such as per-head tables."""
+    name = operation(old)
+    if name in ("aten.cat", "aten.stack", "aten.embedding") or moves(old) or name in RESIZES:
+        return
+    if name == "aten.scaled_dot_product_attention":
+        mask = parameter(old, "attn_mask", 3)
+        value = cut.labels.values[old]
+        if isinstance(mask, fx.Node):
+            rank = len(value.shape)
+            _gather(old, new, mask, value, cut, graph, range(max(rank - len(mask.meta["val"].shape), 0), rank - 2))
+        return
+    value = cut.labels.values.get(old)
+    if not isinstance(value, Value) or not cut.touches(value) or not _joins(name, old):
+        return
+    for argument in old.all_input_nodes:
+        if isinstance(cut.labels.values.get(argument), Value):
+            _gather(old, new, argument, value, cut, graph, range(len(value.shape)))
+
+
+def _joins(name: str, node: fx.Node) -> bool:
+    from fxslim.passes.rules.pointwise import LIKE_POINTWISE, is_pointwise
+
+    return name in LIKE_POINTWISE or is_pointwise(node)
+
+
+def _gather(
+    old: fx.Node, new: fx.Node, argument: fx.Node, value: Value, cut: Cut, graph: fx.Graph, axes: range
+) -> None:
+    """Insert an index_select on one operand for every axis where it keeps more than the output does."""
+    operand: Value = cut.labels.values[argument]
+    missing = len(value.shape) - len(operand.shape)
+    for axis in axes:
+        own = axis - missing
+        labels = value.along(axis)
+        if own < 0 or operand.shape[own] == 1 or labels is None:
+            continue
+        mine = operand.along(own)
+        wanted, present = cut.positions(value, axis), cut.positions(operand, own)
+        if wanted is None or present is None:
+            if mine is not None:
+                continue  # both keep different coordinates per group, in the same way
+            raise NarrowError(f"{operation(old)}: a table would have to be gathered differently in every group")
+        if torch.equal(wanted, present):
+            continue
+        places = torch.searchsorted(present, wanted)
+        if places.numel() and (int(places.max()) >= present.numel() or not torch.equal(present[places], wanted)):
+            raise NarrowError(f"{operation(old)}: an operand lost coordinates that the result keeps")
+        _insert_gather(new, argument, own, places, graph)
+
+
+def _insert_gather(new: fx.Node, argument: fx.Node, axis: int, places: torch.Tensor, graph: fx.Graph) -> None:
+    source = next(node for node in new.all_input_nodes if node.name == argument.name)
+    with graph.inserting_before(new):
+        picked = graph.call_function(_take, (source, axis, tuple(places.tolist())))
+    value = source.meta["val"]
+    picked.meta["val"] = value.narrow(axis, 0, len(places))
+    new.replace_input_with(source, picked)
+
+
+def _take(tensor: torch.Tensor, axis: int, places: tuple[int, ...]) -> torch.Tensor:
+    """Take coordinates along an axis."""
+    return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+
+
+def _annotate_shape(old: fx.Node, new: fx.Node, cut: Cut) -> None:
+    """Record the example shape after the cut where it changed, for counting and printing."""
+    value = cut.labels.values.get(old)
+    if isinstance(value, Value) and cut.touches(value):
+        dtype = old.meta["val"].dtype
+        new.meta["val"] = torch.empty(cut.shape(value), dtype=dtype, device="meta")
+    elif isinstance(value, tuple) and cut.touches(value):
+        new.meta["val"] = tuple(
+            torch.empty(cut.shape(item), dtype=own.dtype, device="meta") if isinstance(item, Value) else own
+            for item, own in zip(value, old.meta["val"], strict=True)
+        )
+
+
+def insert_masks(program: Program, labels: Labels, cut: Cut) -> Rewritten:
+    """Return the graph with masks on the consumers' inputs instead of anything taken out."""
+    graph, twin = copied(program)
+    tensors = dict(program.tensors)
+    masks: dict[bytes, fx.Node] = {}
+    first = next(iter(graph.nodes))
+    for use in labels.contracted:
+        gone = torch.from_numpy(cut.removed[labels.components.of[use.labels.numpy()]])
+        if not bool(gone.any()):
+            continue
+        if use.activation is None or use.axis is None:
+            raise NarrowError(f"no place for a mask at {use.node.name} ({operation(use.node)})")
+        key = gone.numpy().tobytes()
+        if key not in masks:
+            name = f"fxslim_mask_{len(masks)}"
+            tensors[name] = gone
+            with graph.inserting_before(first):
+                masks[key] = graph.get_attr(name)
+            masks[key].meta["val"] = gone
+        new = twin[use.node]
+        value = use.activation.meta["val"]
+        trailing = value.ndim - 1 - use.axis % value.ndim
+        source = next(node for node in new.all_input_nodes if node.name == use.activation.name)
+        with graph.inserting_before(new):
+            mask = masks[key]
+            if trailing:
+                mask = graph.call_function(aten.reshape.default, (mask, [-1, *([1] * trailing)]))
+                mask.meta["val"] = gone.reshape(-1, *([1] * trailing))
+            masked = graph.call_function(aten.masked_fill.Scalar, (source, mask, 0))
+        masked.meta["val"] = value
+        new.replace_input_with(source, masked)
+    return Rewritten(graph, tensors, twin)
+
+
+def example_macs_graph(program: Program, cut: Cut) -> fx.Graph:
+    """Return a copy of the graph whose recorded shapes are those after a cut; it is for counting, not for running."""
+    graph, twin = copied(program)
+    for old, new in twin.items():
+        _annotate_shape(old, new, cut)
+        name = program.tensor_name(old)
+        if name is not None:
+            shape = cut.shape(cut.labels.values[old])
+            new.meta["val"] = torch.empty(shape, dtype=program.tensors[name].dtype, device="meta")
+    return graph
