@@ -136,7 +136,7 @@ def compile(
         check_free(output.resolve(), force=force)
         dense = hf.load_dense(model, dtype=dtype.value)
         stage("tracing, narrowing and verifying")
-        small = fxslim.slim(
+        small: Any = fxslim.slim(
             dense,
             ffn=ffn,
             heads=heads,

@@ -120,7 +120,7 @@ def run(*, stage: Callable[[str], None] = lambda _: None, seconds: float = 10.0)
     stage("looking for what can be narrowed")
     sites = str(fxslim.inspect(dense))
     stage("removing half of the FFN and a quarter of the heads")
-    small = fxslim.slim(dense, ffn=FFN, heads=HEADS)
+    small: Any = fxslim.slim(dense, ffn=FFN, heads=HEADS)
     report = small.fxslim.report
     stage("comparing with the masked and the dense model")
     difference, scale, cosine = _compare(dense, small, batch)
@@ -135,7 +135,7 @@ def run(*, stage: Callable[[str], None] = lambda _: None, seconds: float = 10.0)
         difference=difference,
         scale=scale,
         cosine=cosine,
-        not_done=tuple(str(note) for note in report.not_done),
+        not_done=tuple(f"{note.where}: {note.reason}" for note in report.not_done),
     )
 
 

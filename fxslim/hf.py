@@ -26,6 +26,7 @@ from fxslim.folder import replacing
 from fxslim.inputs import bind
 from fxslim.passes.narrow import replay
 from fxslim.plan import Plan
+from fxslim.report import Record
 
 __all__ = ["PLAN_FILE", "from_pretrained", "load_dense", "model_class", "save_pretrained", "skeleton"]
 
@@ -166,6 +167,7 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
     if strangers:
         raise PlanError(f"the weights in {folder} do not fit its {PLAN_FILE}: missing or unknown {strangers[:5]}")
     model.__class__ = original
+    model.fxslim = Record(plan)
     return cast(PreTrainedModel, model)
 
 

@@ -1,0 +1,180 @@
+"""What users are told: what can be narrowed and what cannot, what was done, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import networkx as nx
+
+from fxslim.plan import Note, Plan, Site
+from fxslim.text import table
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was measured along one path.
+
+    Attributes:
+        path: how the model was run.
+        max_abs: largest absolute difference of any output.
+        scale: largest absolute value of the reference.
+        tolerance: largest absolute difference that was allowed.
+    """
+
+    path: str
+    max_abs: float
+    scale: float
+    tolerance: float
+
+    @property
+    def relative(self) -> float:
+        """Return the difference relative to the output's scale."""
+        return self.max_abs / self.scale if self.scale else self.max_abs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self) | {"relative": self.relative}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Differences between masked and narrowed, one per path; all within tolerance."""
+
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def max_abs(self) -> float:
+        """Return the largest absolute difference."""
+        return max((difference.max_abs for difference in self.differences), default=0.0)
+
+    @property
+    def relative(self) -> float:
+        """Return the largest difference relative to an output's scale."""
+        return max((difference.relative for difference in self.differences), default=0.0)
+
+    def __str__(self) -> str:
+        rows = [(d.path, f"{d.max_abs:.2e}", f"{d.relative:.2e}", f"{d.tolerance:.2e}") for d in self.differences]
+        return table(("path", "largest difference#", "relative#", "allowed#"), rows, title="masked = narrowed")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What can be narrowed in a model, and what cannot.
+
+    Attributes:
+        sites: every site, in the order of execution.
+        pinned: consumers whose channels stay, with the reason.
+        notes: what the user should know about the trace.
+        feeds: directed graph over site names: which site's output reaches which site's input without passing another.
+        explain: answers "why was this not found?" for a module path or a weight.
+    """
+
+    sites: tuple[Site, ...]
+    pinned: tuple[Note, ...]
+    notes: tuple[Note, ...] = ()
+    feeds: nx.DiGraph = field(default_factory=nx.DiGraph, compare=False)
+    explain: Callable[[str], str] = field(default=str, compare=False, repr=False)
+
+    def why(self, name: str) -> str:
+        """Say what was found at a module or weight, what was not, and why."""
+        lines = [f"{note.where}: {note.reason}" for note in self.pinned if _below(note.where, name)]
+        return "\n".join([*lines, self.explain(name)])
+
+    def __getitem__(self, name: str) -> Site:
+        """Return a site by name."""
+        return next(site for site in self.sites if site.name == name)
+
+    def __str__(self) -> str:
+        rows = [
+            (site.name, site.kind, site.units, "" if site.groups is None else site.group_count,
+             "task head" if site.task_head else "")
+            for site in self.sites
+        ]  # fmt: skip
+        parts = [table(("site", "kind", "units#", "groups#", ""), rows, title=f"{len(self.sites)} sites")]
+        if self.pinned:
+            by_reason: dict[str, list[str]] = {}
+            for note in self.pinned:
+                by_reason.setdefault(note.reason, []).append(note.where)
+            pinned = [(reason, len(where), where[0]) for reason, where in by_reason.items()]
+            parts.append(table(("stays, because", "linears#", "first"), pinned))
+        parts.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
+        return "\n".join(parts)
+
+
+def _below(where: str, name: str) -> bool:
+    return not name or where == name or where.startswith(f"{name}.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to a model.
+
+    Attributes:
+        parameters_before: distinct parameters of the dense model.
+        parameters_after: of the narrowed one.
+        macs_before: multiply–accumulates of one forward on the traced example, dense.
+        macs_after: narrowed.
+        plan: what was taken out.
+        verification: masked against narrowed, on fresh inputs.
+        not_done: what was asked for and not done, with its reason.
+        notes: what the user should know about the result.
+        seconds: pass -> wall time.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+    plan: Plan
+    verification: Verification
+    not_done: tuple[Note, ...] = ()
+    notes: tuple[Note, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[dict[str, Any], ...]:
+        """Return name, kind, units and kept units of every narrowed site."""
+        return tuple(
+            {"name": p.site.name, "kind": p.site.kind, "units": p.site.units, "kept": len(p.keep)} for p in self.plan
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return {
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
+            "sites": list(self.sites),
+            "verification": [difference.to_dict() for difference in self.verification.differences],
+            "not_done": [note.model_dump() for note in self.not_done],
+            "notes": [note.model_dump() for note in self.notes],
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        totals = [
+            (name, before, after, f"{after / before:.1%}" if before else "")
+            for name, before, after in (
+                ("parameters", self.parameters_before, self.parameters_after),
+                ("MACs", self.macs_before, self.macs_after),
+            )
+        ]
+        rows = [(s["name"], s["kind"], s["kept"], s["units"]) for s in self.sites]
+        parts = [table(("", "before#", "after#", "left#"), totals)]
+        if rows:
+            parts.append(table(("site", "kind", "kept#", "of#"), rows))
+        parts.append(str(self.verification))
+        parts.extend(f"not done: {note.where}: {note.reason}" for note in self.not_done)
+        parts.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
+        return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What travels with a narrowed model as ``.fxslim``: the plan and the report."""
+
+    plan: Plan
+    report: Report | None = None

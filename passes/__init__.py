@@ -1,0 +1,1 @@
+"""The passes of the compiler; imported as ``fxslim.passes``."""

@@ -1,0 +1,267 @@
+"""Choose which units go: exact zeros first, then the lowest scores, the same number in every group."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fxslim.errors import InputError, RequestError
+from fxslim.plan import Note, Site, SitePlan
+
+FFN = ("ffn", "gated_ffn")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to take out, as fractions of each site's units.
+
+    Attributes:
+        ffn: channels of feed-forward sites.
+        heads: query heads of attention sites, equally many per key/value group.
+        kv_groups: whole key/value groups of attention sites.
+        round_to: the kept number of rows in the consumer is rounded up to a multiple of this.
+        include: globs over module paths: only there (task heads only where included).
+        skip: globs over module paths: not there.
+    """
+
+    ffn: float = 0.0
+    heads: float = 0.0
+    kv_groups: float = 0.0
+    round_to: int = 1
+    include: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("ffn", "heads", "kv_groups"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise RequestError(f"{name}={value!r}: give the fraction to remove, a number from 0 up to 1.")
+            if value == 1:
+                raise RequestError(f"{name}=1 asks for every unit; at least one has to stay. Ask for less.")
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise RequestError(f"round_to={self.round_to!r}: give a whole number of at least 1.")
+        for name in self.unsupported:
+            raise RequestError(f"{name}= is not supported yet: this version removes ffn=, heads= and kv_groups=.")
+
+    @property
+    def lossless(self) -> bool:
+        """Tell whether nothing was asked for, so that only exact zeros go."""
+        return not (self.ffn or self.heads or self.kv_groups)
+
+    def asked(self) -> dict[str, float | int | str | tuple[str, ...]]:
+        """Return what was asked for, without defaults."""
+        values = {name: getattr(self, name) for name in ("ffn", "heads", "kv_groups", "include", "skip")}
+        asked = {name: value for name, value in values.items() if value}
+        return asked | ({"round_to": self.round_to} if self.round_to != 1 else {})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Chosen sites, and what was asked for and not done."""
+
+    sites: tuple[SitePlan, ...]
+    notes: tuple[Note, ...]
+
+
+def choose(sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], request: Request) -> Choice:
+    """Choose what goes at every selected site.
+
+    Args:
+        sites: every site of the model.
+        tensors: canonical tensor name -> tensor.
+        request: what was asked for.
+
+    Raises:
+        RequestError: a glob matches nothing.
+        InputError: a weight holds NaN.
+    """
+    selected, notes = select(sites, request)
+    plans: list[SitePlan] = []
+    for site in selected:
+        zero, scores, real = _measure(site, tensors)
+        if not real:
+            notes.append(Note(where=site.name, reason="weights are on meta: units were chosen by number, not by score"))
+        gone, note = _lossless(site, zero) if request.lossless else _requested(site, zero, scores, request)
+        if note:
+            notes.append(Note(where=site.name, reason=note))
+        gone = _rounded(site, gone, zero, scores, request.round_to)
+        if gone.any():
+            keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
+            plans.append(SitePlan(site=site, keep=keep))
+    notes.extend(_unmet(selected, request))
+    return Choice(tuple(plans), tuple(_merged(notes)))
+
+
+def select(sites: Sequence[Site], request: Request) -> tuple[list[Site], list[Note]]:
+    """Return the sites that a request is about."""
+    notes: list[Note] = []
+    for option in ("include", "skip"):
+        for glob in getattr(request, option):
+            if not any(_matches(site, glob) for site in sites):
+                raise RequestError(
+                    f"{option}={glob!r} matches no module with a site; sites are in "
+                    f"{', '.join(sorted({site.module or '(root)' for site in sites})[:8]) or 'no module'}…"
+                )
+    chosen = []
+    for site in sites:
+        included = any(_matches(site, glob) for glob in request.include)
+        if any(_matches(site, glob) for glob in request.skip) or (request.include and not included):
+            continue
+        if site.task_head and not included:
+            if not request.lossless:
+                notes.append(Note(where=site.name, reason="a task head behind the last block: left alone unless included"))
+            continue
+        chosen.append(site)
+    return chosen, notes
+
+
+def _matches(site: Site, glob: str) -> bool:
+    """A glob names a site by its name, its module, a module that holds it, or any module that it touches."""
+    paths = {site.name, site.module, *site.modules()}
+    for path in list(paths):
+        parts = path.split(".")
+        paths.update(".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(fnmatch.fnmatchcase(path, glob) for path in paths)
+
+
+def _measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return which units are zero at every consumer, each unit's L2 norm over all its slices, and whether both are real."""
+    zero = np.ones(site.units, dtype=bool)
+    total = np.zeros(site.units)
+    for piece in site.slices:
+        tensor = tensors[piece.tensor].detach()
+        if tensor.device.type == "meta":
+            return np.zeros(site.units, dtype=bool), np.zeros(site.units), False
+        rest = [dim for dim in range(tensor.ndim) if dim != piece.dim]
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        squares = _norms(tensor, rest, dtype).double().square().cpu().numpy()
+        if not np.isfinite(squares).all():
+            bad = "NaN" if np.isnan(squares).any() else "infinite values"
+            raise InputError(f"{piece.tensor} holds {bad}; repair the checkpoint before narrowing it.")
+        owner = piece.owners()
+        if piece.groups is not None:
+            continue  # shared by several units: no unit's own
+        owned = owner >= 0
+        np.add.at(total, owner[owned], squares[owned])
+        if piece.role == "in":
+            alive = np.zeros(site.units)
+            nonzero = (tensor != 0).any(dim=rest[0]) if len(rest) == 1 else (tensor != 0).flatten(1).any(1)
+            if len(rest) != 1:
+                nonzero = (tensor.movedim(piece.dim, 0).flatten(1) != 0).any(dim=1)
+            np.add.at(alive, owner[owned], nonzero.cpu().numpy()[owned].astype(float))
+            zero &= alive == 0
+    return zero, np.sqrt(total), True
+
+
+def _norms(tensor: torch.Tensor, rest: list[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, dim=rest, dtype=dtype) if rest else tensor.to(dtype).abs()
+
+
+def _members(site: Site) -> list[np.ndarray]:
+    """Return the units of every group."""
+    if site.groups is None:
+        return [np.arange(site.units)]
+    groups = np.asarray(site.groups)
+    return [np.flatnonzero(groups == group) for group in range(site.group_count)]
+
+
+def _lossless(site: Site, zero: np.ndarray) -> tuple[np.ndarray, str]:
+    """Take out exact zeros: whole groups first, then as many per group as the group with the fewest has."""
+    gone = np.zeros(site.units, dtype=bool)
+    if zero.all():
+        zero = zero.copy()
+        zero[_members(site)[0]] = False
+        gone = zero if site.groups is not None else np.arange(site.units) > 0
+        return gone, "every unit is zero; one has to stay"
+    if site.groups is None:
+        return zero.copy(), ""
+    rest = []
+    for members in _members(site):
+        if zero[members].all():
+            gone[members] = True
+        else:
+            rest.append(members)
+    fewest = min(int(zero[members].sum()) for members in rest)
+    for members in rest:
+        gone[members[zero[members]][:fewest]] = True
+    left = int((zero & ~gone).sum())
+    return gone, f"{left} zero heads stay: every group keeps the same number of heads" if left else ""
+
+
+def _requested(site: Site, zero: np.ndarray, scores: np.ndarray, request: Request) -> tuple[np.ndarray, str]:
+    """Take out the asked fraction, zeros first, then by ascending score."""
+    gone = np.zeros(site.units, dtype=bool)
+    if site.kind in FFN:
+        gone[_lowest(np.arange(site.units), zero, scores)[: _count(request.ffn, site.units)]] = True
+        short = request.ffn and not gone.any()
+        return gone, f"ffn={request.ffn} of {site.units} channels is less than one" if short else ""
+    if site.kind != "attention":
+        return gone, ""
+    note = ""
+    groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else _members(site)
+    if request.kv_groups:
+        dead = np.array([zero[members].all() for members in groups])
+        norms = np.array([np.sqrt((scores[members] ** 2).sum()) for members in groups])
+        for group in _lowest(np.arange(len(groups)), dead, norms)[: _count(request.kv_groups, len(groups))]:
+            gone[groups[group]] = True
+        if not gone.any():
+            note = f"kv_groups={request.kv_groups} of {len(groups)} groups is less than one"
+    if request.heads:
+        before = gone.copy()
+        for members in _members(site):
+            left = members[~before[members]]
+            gone[_lowest(left, zero, scores)[: _count(request.heads, len(left))]] = True
+        if (gone == before).all():
+            each = f" per group of {len(_members(site)[0])}" if site.groups is not None else f" of {site.units} heads"
+            note = f"heads={request.heads} is less than one head{each}"
+    return gone, note
+
+
+def _count(fraction: float, units: int) -> int:
+    """Return how many of ``units`` a fraction is: rounded down, but 0.7 of 10 is 7."""
+    return min(math.floor(fraction * units + 1e-9), units - 1) if units else 0
+
+
+def _lowest(units: np.ndarray, zero: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return units in the order in which they go: zeros, then ascending scores, the last number first among equals."""
+    return units[np.lexsort((-units, scores[units], ~zero[units]))]
+
+
+def _rounded(site: Site, gone: np.ndarray, zero: np.ndarray, scores: np.ndarray, multiple: int) -> np.ndarray:
+    """Keep more units until the consumer's kept rows are a multiple (or all of them)."""
+    if multiple == 1 or not gone.any():
+        return gone
+    consumer = next(piece for piece in site.slices if piece.role == "in")
+    width = int((consumer.owners() == 0).sum()) or 1
+    alive = [members for members in _members(site) if not gone[members].all()]
+    gone = gone.copy()
+    while (int((~gone).sum()) * width) % multiple and any(gone[members].any() for members in alive):
+        for members in alive:
+            dropped = members[gone[members]]
+            if len(dropped):
+                gone[_lowest(dropped, zero, scores)[-1]] = False
+    return gone
+
+
+def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
+    kinds = {site.kind for site in sites}
+    if request.ffn and not kinds & set(FFN):
+        yield Note(where="ffn", reason="no feed-forward site was found; fxslim.inspect(model) says why")
+    if (request.heads or request.kv_groups) and "attention" not in kinds:
+        yield Note(where="heads", reason="no attention site was found; fxslim.inspect(model) says why")
+
+
+def _merged(notes: list[Note]) -> Iterable[Note]:
+    """Say the same thing about many sites once."""
+    by_reason: dict[str, list[str]] = {}
+    for note in notes:
+        by_reason.setdefault(note.reason, []).append(note.where)
+    for reason, where in by_reason.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        yield Note(where=f"{where[0]}{more}", reason=reason)

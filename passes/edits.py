@@ -1,0 +1,311 @@
+"""Find the integers that a narrowed module still holds: attributes, and config fields that it reads at run time.
+
+Integers are recorded while the module runs; those whose value is a size that changed are candidates; the smallest set
+of them that makes the module compute what the masked one does, along every path, is what the plan records.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxslim.passes.mask import masked
+from fxslim.passes.narrow import apply_edit, narrowed_copy
+from fxslim.passes.paths import Path, evaluating, tensors_of
+from fxslim.passes.verify import distance
+from fxslim.plan import AttributeEdit, ConfigEdit, Plan, SitePlan
+
+MOST = 3
+"""Largest number of integers that are changed together in one module."""
+CLOSE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+"""A wrong integer shows far above these; the final verification is the exact one."""
+
+
+@dataclass
+class Recorded:
+    """One call of a module: a private copy of what went in, and what came out."""
+
+    args: Any
+    kwargs: Any
+    out: list[torch.Tensor]
+    path: Path
+
+
+@dataclass
+class Watch:
+    """Calls of one module and the integers it read while it ran."""
+
+    calls: list[Recorded] = field(default_factory=list)
+    read: dict[tuple[str, str, str], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Edits that were found, and sites for which none do."""
+
+    edits: tuple[AttributeEdit | ConfigEdit, ...]
+    stuck: tuple[str, ...]
+
+
+def find_edits(
+    model: nn.Module, plan: Plan, sizes: Mapping[str, Mapping[int, frozenset[int]]], paths: Sequence[Path]
+) -> Edits:
+    """Find the integer edits that a plan needs.
+
+    Args:
+        model: the dense model.
+        plan: the plan, without edits.
+        sizes: site name -> old size -> new sizes, over every axis that the site changes.
+        paths: how to run the model.
+    """
+    owners = {part.site.name: _called(model, part.site.module) for part in plan.sites}
+    by_module: dict[str, list[SitePlan]] = {}
+    for part in plan.sites:
+        by_module.setdefault(owners[part.site.name], []).append(part)
+    watched = watch(model, plan, list(by_module), paths)
+    found: list[AttributeEdit | ConfigEdit] = []
+    stuck: list[str] = []
+    known: dict[tuple[Any, ...], list[tuple[str, str, str]]] = {}
+    for path, parts in sorted(by_module.items(), key=lambda item: -item[0].count(".") if item[0] else 1):
+        merged: dict[int, frozenset[int]] = {}
+        for part in parts:
+            for old, new in sizes.get(part.site.name, {}).items():
+                merged[old] = merged.get(old, frozenset()) | new
+        so_far = plan.model_copy(update={"edits": tuple(found), "zeroed": tuple(stuck)})
+        trial = _Trial(model, so_far, path, watched[path], merged)
+        key = (type(model.get_submodule(path)), tuple(part.site.kind for part in parts))
+        edits = trial.search(known.get(key, []))
+        if edits is None:
+            stuck.extend(part.site.name for part in parts)
+        else:
+            known[key] = [(e.edit, e.module[len(path) :], e.name) for e in edits]
+            found.extend(edits)
+    return Edits(tuple(found), tuple(stuck))
+
+
+def _called(model: nn.Module, path: str) -> str:
+    """Return the nearest module at or above a path that has a forward of its own."""
+    while path:
+        module = model.get_submodule(path)
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            return path
+        path = path.rpartition(".")[0]
+    return path
+
+
+def watch(model: nn.Module, plan: Plan, modules: Iterable[str], paths: Sequence[Path]) -> dict[str, Watch]:
+    """Run the masked model along every path; record what modules take, return and read."""
+    watches = {path: Watch() for path in modules}
+    with masked(model, plan), _recording(model, watches):
+        for way in paths:
+            handles = []
+            if not way.generate:
+                for path, seen in watches.items():
+                    handles.extend(_record_calls(model.get_submodule(path), seen, way))
+            try:
+                way.run(model)
+            finally:
+                for handle in handles:
+                    handle.remove()
+    return watches
+
+
+def _record_calls(module: nn.Module, seen: Watch, way: Path) -> list[Any]:
+    pending: list[tuple[Any, Any]] = []
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        pending.append(_private((args, kwargs)))
+
+    def after(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        taken, named = pending.pop()
+        if not any(call.path is way for call in seen.calls):  # one call of each path is enough
+            seen.calls.append(Recorded(taken, named, [t.detach().clone() for t in tensors_of(out)], way))
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def _private(tree: Any) -> Any:
+    """Copy the tensors in a call's arguments; anything else (caches, configs) is copied as a whole where possible."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tree)
+
+
+@contextmanager
+def _recording(model: nn.Module, watches: Mapping[str, Watch]) -> Iterator[None]:
+    """Record the integers that modules read from themselves and from their config, while the context is open."""
+    swapped: list[tuple[nn.Module, type]] = []
+    configs: list[tuple[nn.Module, Any]] = []
+    try:
+        for path, seen in watches.items():
+            for name, module in model.get_submodule(path).named_modules():
+                full = f"{path}.{name}".strip(".") if name else path
+                if type(module).__module__.startswith("torch.nn.modules.linear") or hasattr(module, "_fxslim_seen"):
+                    continue
+                config = vars(module).get("config")
+                if config is not None and not isinstance(config, dict | str | int):
+                    configs.append((module, config))
+                    module.config = _reader(config, lambda n, v, full=full, seen=seen:
+                                            seen.read.setdefault(("config", full, n), v))  # fmt: skip
+                swapped.append((module, type(module)))
+                _swap(module, lambda n, v, full=full, seen=seen: seen.read.setdefault(("attribute", full, n), v))
+        yield
+    finally:
+        for module, kind in swapped:
+            module.__class__ = kind
+        for module, config in configs:
+            module.config = config
+
+
+def _swap(module: nn.Module, note: Any) -> None:
+    """Give one module a class that reports the integers read from its instance."""
+    kind = type(module)
+
+    def read(self: Any, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        if type(value) is int and name in object.__getattribute__(self, "__dict__"):
+            note(name, value)
+        return value
+
+    module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__})
+
+
+def _reader(config: Any, note: Any) -> Any:
+    """Return a view of a config that reports the integers read from it."""
+    from fxslim.overlay import _OWN, overlay
+
+    view = overlay(config, {})
+    kind = type(view)
+
+    def read(self: Any, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        if type(value) is int and name not in _OWN:
+            note(name, value)
+        return value
+
+    object.__setattr__(view, "__class__", type(kind.__name__, (kind,), {"__getattribute__": read}))
+    return view
+
+
+class _Trial:
+    """Tries edits on a narrowed copy of one module."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        path: str,
+        seen: Watch,
+        sizes: Mapping[int, frozenset[int]],
+    ) -> None:
+        self.path = path
+        self.seen = seen
+        self.candidates = _candidates(model, path, seen, sizes)
+        self.narrowed = _narrowed_part(model, plan, path)
+
+    def search(self, known: Sequence[tuple[str, str, str]]) -> tuple[AttributeEdit | ConfigEdit, ...] | None:
+        """Return the smallest set of edits under which the module computes what the masked one does."""
+        tried = [edit for edit in self.candidates if (edit.edit, edit.module[len(self.path) :], edit.name) in known]
+        order: list[tuple[AttributeEdit | ConfigEdit, ...]] = [tuple(tried)] if tried else []
+        for count in range(min(MOST, len(self.candidates)) + 1):
+            for chosen in itertools.combinations(self.candidates, count):
+                if len({(e.edit, e.module, e.name) for e in chosen}) == count:
+                    order.append(chosen)
+        return next((edits for edits in order if self._passes(edits)), None)
+
+    def _passes(self, edits: Sequence[AttributeEdit | ConfigEdit]) -> bool:
+        if not self.seen.calls:
+            return not edits  # never called on its own; the whole model decides
+        holders = [(self._holder(e), e) for e in edits]
+        before = [vars(h).get("config") if isinstance(e, ConfigEdit) else getattr(h, e.name) for h, e in holders]
+        try:
+            for holder, edit in holders:
+                apply_edit(holder, edit.model_copy(update={"module": ""}))
+            return all(self._call(call) for call in self.seen.calls)
+        finally:
+            for (holder, edit), value in reversed(list(zip(holders, before, strict=True))):
+                setattr(holder, "config" if isinstance(edit, ConfigEdit) else edit.name, value)
+
+    def _holder(self, edit: AttributeEdit | ConfigEdit) -> nn.Module:
+        return self.narrowed.get_submodule(edit.module[len(self.path) :].strip("."))
+
+    def _call(self, call: Recorded) -> bool:
+        args, kwargs = _private((call.args, call.kwargs))
+        try:
+            with torch.no_grad(), evaluating(self.narrowed), _attention_of(self.narrowed, call.path.attention):
+                out = tensors_of(self.narrowed(*args, **kwargs))
+        except Exception:  # noqa: BLE001 - a wrong integer shows as any error
+            return False
+        mine = [t for t, want in zip(out, call.out, strict=False) if t.shape == want.shape]
+        if len(out) != len(call.out) or not mine or out[0].shape != call.out[0].shape:
+            return False
+        want = [want for t, want in zip(out, call.out, strict=True) if t.shape == want.shape]
+        worst, scale = distance(want, mine)
+        close = max(CLOSE.get(t.dtype, 1e-3) for t in want)
+        return worst <= close * max(scale, 1e-12)
+
+
+@contextmanager
+def _attention_of(module: nn.Module, implementation: str | None) -> Iterator[None]:
+    config = getattr(module, "config", None)
+    inner = next((getattr(m, "config", None) for m in module.modules() if hasattr(m, "config")), config)
+    if implementation is None or inner is None:
+        yield
+        return
+    before = inner._attn_implementation
+    inner._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        inner._attn_implementation = before
+
+
+def _candidates(
+    model: nn.Module, path: str, seen: Watch, sizes: Mapping[int, frozenset[int]]
+) -> list[AttributeEdit | ConfigEdit]:
+    """Return every integer that was read and equals a size that changed, with its possible new values."""
+    made: list[AttributeEdit | ConfigEdit] = []
+    for (kind, module, name), value in seen.read.items():
+        for new in sorted(sizes.get(value, frozenset())):
+            made_kind = AttributeEdit if kind == "attribute" else ConfigEdit
+            made.append(made_kind(module=module, name=name, old=value, new=new))
+    return made
+
+
+def _narrowed_part(model: nn.Module, plan: Plan, path: str) -> nn.Module:
+    """Return a narrowed copy of one module, with everything inside it that the plan narrows so far."""
+    prefix = f"{path}." if path else ""
+    own = []
+    for part in plan.sites:
+        slices = tuple(
+            piece.model_copy(update={"tensor": piece.tensor[len(prefix) :]})
+            for piece in part.site.slices
+            if piece.tensor.startswith(prefix)
+        )
+        own.append(part.model_copy(update={"site": part.site.model_copy(update={"slices": slices})}))
+    edits = tuple(
+        edit.model_copy(update={"module": edit.module[len(prefix) :]})
+        for edit in plan.edits
+        if f"{edit.module}.".startswith(prefix)
+    )
+    inner = plan.model_copy(update={"sites": tuple(own), "edits": edits})
+    return narrowed_copy(copy_shell(model.get_submodule(path)), inner)
+
+
+def copy_shell(module: nn.Module) -> nn.Module:
+    """Copy a module that shares its tensors with the original; configs are copied, hooks stay behind."""
+    memo: dict[int, Any] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    shell = copy.deepcopy(module, memo)
+    for child in shell.modules():
+        child._forward_hooks.clear()
+        child._forward_pre_hooks.clear()
+    return shell

@@ -1,0 +1,154 @@
+"""Narrow a module: slice its tensors, set its integers, overlay its configs, exactly as a plan says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fxslim.errors import PlanError
+from fxslim.overlay import overlay
+from fxslim.plan import AttributeEdit, ConfigEdit, Plan, SitePlan
+
+SIZE_ATTRIBUTES = {
+    "in": ("in_features", "nx", "in_channels"),
+    "out": ("out_features", "nf", "out_channels", "num_features", "embedding_dim"),
+}
+"""Integers in which torch's and transformers' own layers repeat the shape of their weight."""
+
+
+def narrowed_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of a module with a plan replayed on it; the module itself stays as it is.
+
+    Only what is kept is copied: removed rows never exist twice.
+    """
+    _check(model, plan)
+    tensors = _tensors(model)
+    sliced = _narrowed(tensors, plan)
+    by_id = {id(tensors[name]): tensor for name, tensor in sliced.items()}
+    memo: dict[int, Any] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _own(by_id.get(id(tensor), tensor), tensor)
+    small = copy.deepcopy(model, memo)
+    _attributes(small, plan)
+    return small
+
+
+def replay(module: nn.Module, plan: Plan) -> nn.Module:
+    """Replay a plan on a module in place: a dense model, or its skeleton on ``meta``.
+
+    Raises:
+        PlanError: the plan does not fit; the module is unchanged.
+    """
+    _check(module, plan)
+    tensors = _tensors(module)
+    sliced = _narrowed(tensors, plan)
+    by_id = {id(tensors[name]): _own(tensor, tensors[name], clone=False) for name, tensor in sliced.items()}
+    for child in module.modules():
+        for table in (child._parameters, child._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) in by_id:
+                    table[name] = by_id[id(tensor)]  # type: ignore[assignment]
+    _attributes(module, plan)
+    return module
+
+
+def _check(module: nn.Module, plan: Plan) -> None:
+    tensors = _tensors(module)
+    for part in plan.sites:
+        for piece in part.site.slices:
+            tensor = tensors.get(piece.tensor)
+            if tensor is None:
+                raise PlanError(f"the plan narrows {piece.tensor}, which {type(module).__name__} does not have.")
+            if piece.dim >= tensor.ndim or tensor.shape[piece.dim] != piece.size:
+                raise PlanError(
+                    f"the plan expects {piece.tensor} to have {piece.size} rows in dimension {piece.dim}, but its "
+                    f"shape is {tuple(tensor.shape)}: it was made for another model, or is already applied."
+                )
+    for edit in plan.edits:
+        try:
+            owner: Any = module.get_submodule(edit.module)
+        except AttributeError as error:
+            raise PlanError(f"the plan edits {edit.module}.{edit.name}, which does not exist.") from error
+        holder = owner.config if isinstance(edit, ConfigEdit) else owner
+        if getattr(holder, edit.name, None) != edit.old:
+            raise PlanError(
+                f"the plan expects {edit.module}.{edit.name} to be {edit.old}, "
+                f"found {getattr(holder, edit.name, None)!r}: it was made for another model, or is already applied."
+            )
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return dict(every)
+
+
+def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the tensors that a plan changes, with rows taken out (or zeroed for sites that stay in place)."""
+    changed: dict[str, torch.Tensor] = {}
+    zeroed = set(plan.zeroed)
+    narrow = plan.model_copy(update={"sites": tuple(part for part in plan.sites if part.site.name not in zeroed)})
+    with torch.no_grad():
+        for part in plan.sites:
+            if part.site.name in zeroed:
+                _zero(part, tensors, changed)
+        for (name, dim), gone in narrow.removed_rows().items():
+            if gone.any():
+                tensor = changed.get(name, tensors[name]).detach()
+                rows = torch.from_numpy(np.flatnonzero(~gone)).to(tensor.device)
+                changed[name] = tensor.index_select(dim, rows)
+    return changed
+
+
+def _zero(part: SitePlan, tensors: Mapping[str, torch.Tensor], changed: dict[str, torch.Tensor]) -> None:
+    for piece in part.site.slices:
+        if piece.role == "in":
+            rows = torch.from_numpy(np.flatnonzero(piece.removed(part.gone)))
+            tensor = changed.get(piece.tensor, tensors[piece.tensor]).detach().clone()
+            changed[piece.tensor] = tensor.index_fill_(piece.dim, rows.to(tensor.device), 0)
+
+
+def _own(tensor: torch.Tensor, like: torch.Tensor | None = None, *, clone: bool = True) -> torch.Tensor:
+    """Return a tensor that shares nothing with the original, as a parameter where the original is one."""
+    like = tensor if like is None else like
+    data = tensor.detach()
+    if clone and data.data_ptr() == like.data_ptr():
+        data = data.clone()
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(data, requires_grad=like.requires_grad)
+    return data
+
+
+def _attributes(module: nn.Module, plan: Plan) -> None:
+    """Set the integers that layers keep about their weights, and apply the plan's own edits."""
+    zeroed = set(plan.zeroed)
+    for part in plan.sites:
+        if part.site.name in zeroed:
+            continue
+        for piece in part.site.slices:
+            path, _, leaf = piece.tensor.rpartition(".")
+            owner = module.get_submodule(path)
+            size = int(getattr(owner, leaf).shape[piece.dim])
+            if leaf != "weight":
+                continue
+            for name in SIZE_ATTRIBUTES[piece.role]:
+                if vars(owner).get(name) == piece.size:
+                    setattr(owner, name, size)
+            if vars(owner).get("normalized_shape") == (piece.size,):
+                owner.normalized_shape = (size,)  # type: ignore[assignment]
+    for edit in plan.edits:
+        apply_edit(module, edit)
+
+
+def apply_edit(module: nn.Module, edit: AttributeEdit | ConfigEdit) -> None:
+    """Apply one edit in place."""
+    owner = module.get_submodule(edit.module)
+    if isinstance(edit, AttributeEdit):
+        setattr(owner, edit.name, edit.new)  # type: ignore[arg-type]
+    else:
+        owner.config = overlay(owner.config, {edit.name: edit.new})

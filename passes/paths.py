@@ -1,0 +1,140 @@
+"""The ways in which a model can be run: with and without a mask, eager and fused attention, with a cache.
+
+One path is not enough: a module that was narrowed wrongly may pass on one of them and fail on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxslim.program import forward_parameters
+
+NEW_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to run a model.
+
+    Attributes:
+        name: what to call it in reports.
+        inputs: keyword inputs.
+        attention: the attention implementation to switch to, or None for the model's own.
+        generate: whether to run greedy decoding with a cache instead of one forward.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    attention: str | None = None
+    generate: bool = False
+
+    def run(self, model: nn.Module) -> list[torch.Tensor]:
+        """Return the floating-point results of the model along this path."""
+        with torch.no_grad(), evaluating(model), _attention(model, self.attention):
+            if self.generate:
+                return _generate(model, self.inputs)
+            return tensors_of(model(**_without_cache(model, self.inputs)))
+
+
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    """Return the floating-point tensors in a model's result."""
+    leaves = pytree.tree_leaves(result)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def paths(model: nn.Module, inputs: Mapping[str, Any], *, filled: frozenset[str] = frozenset()) -> tuple[Path, ...]:
+    """Return every path that a model offers for some inputs.
+
+    Args:
+        model: the dense model.
+        inputs: keyword inputs.
+        filled: names of inputs that may be left out.
+    """
+    found = [Path("as given", inputs)]
+    bare = {name: value for name, value in inputs.items() if name not in filled}
+    if len(bare) < len(inputs):
+        found.append(Path("without mask", bare))
+    for other in _other_attention(model):
+        found.append(Path(f"{other} attention", inputs, attention=other))
+        if len(bare) < len(inputs):
+            found.append(Path(f"{other} attention without mask", bare, attention=other))
+    if generates(model) and "input_ids" in inputs:
+        found.append(Path("generate with cache", inputs, generate=True))
+    return tuple(found)
+
+
+def generates(model: nn.Module) -> bool:
+    """Tell whether a model has transformers' generation."""
+    can = getattr(model, "can_generate", None)
+    return bool(callable(can) and can() and callable(getattr(model, "generate", None)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode, and put every module back into the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _other_attention(model: nn.Module) -> tuple[str, ...]:
+    config = getattr(model, "config", None)
+    current = getattr(config, "_attn_implementation", None)
+    if current not in ("eager", "sdpa") or not callable(getattr(model, "set_attn_implementation", None)):
+        return ()
+    if current == "eager" and not getattr(model, "_supports_sdpa", False):
+        return ()
+    return ("sdpa",) if current == "eager" else ("eager",)
+
+
+@contextmanager
+def _attention(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    if implementation is None:
+        yield
+        return
+    switch: Callable[[str], None] = model.set_attn_implementation  # type: ignore[assignment]
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    switch(implementation)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(inputs)
+    names, _, _ = forward_parameters(model)
+    if "use_cache" in names and "use_cache" not in given:
+        given["use_cache"] = False
+    return given
+
+
+def _generate(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the logits of a few greedy steps with a cache."""
+    prompt = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    names, _, _ = forward_parameters(model)
+    if "attention_mask" in prompt and not getattr(model.config, "is_encoder_decoder", False):
+        prompt["attention_mask"] = torch.ones_like(prompt["attention_mask"])  # decoders would want left padding
+    result = model.generate(  # type: ignore[operator]
+        **{name: value for name, value in prompt.items() if name in names},
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return [step.float() if step.dtype in (torch.float16, torch.bfloat16) else step for step in result.logits]

@@ -1,0 +1,392 @@
+"""The passes in order: what fxslim does, as a table of contents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import nn
+
+from fxslim.count import macs, parameters
+from fxslim.errors import PlanError
+from fxslim.inputs import BATCH, LENGTH, bind, fresh
+from fxslim.labels import Value
+from fxslim.passes.annotate import Labels, annotate
+from fxslim.passes.choose import Choice, Request, choose
+from fxslim.passes.cut import Cut, closed
+from fxslim.passes.edits import find_edits
+from fxslim.passes.emit import CompiledModule, emit
+from fxslim.passes.find import Found, find
+from fxslim.passes.name import Naming, names
+from fxslim.passes.narrow import narrowed_copy
+from fxslim.passes.paths import Path, paths
+from fxslim.passes.prepare import fingerprint, permanent
+from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
+from fxslim.passes.sites import Sites, name_sites, same_slices
+from fxslim.passes.verify import compare
+from fxslim.pipeline import Facts, Pass, Pipeline
+from fxslim.plan import Note, Plan, SitePlan
+from fxslim.program import Program
+from fxslim.report import Report, Verification
+from fxslim.trace import trace
+
+MASKS = frozenset({"attention_mask", "decoder_attention_mask"})
+"""Inputs that callers may leave out and that stand for ones then."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is worked on.
+
+    Attributes:
+        original: the user's model; never changed.
+        model: the same, with computed weights made permanent (the original itself where there are none).
+        example_inputs: what the user gave, or None.
+    """
+
+    original: nn.Module
+    model: nn.Module
+    example_inputs: Any
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A narrowed model, in module or graph form."""
+
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How to run the model when comparing."""
+
+    paths: tuple[Path, ...]
+
+
+def subject(model: nn.Module, example_inputs: Any) -> Subject:
+    """Prepare a model for a pipeline."""
+    return Subject(model, permanent(model), example_inputs)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Trace the model. Ensures: a functional graph, shared tensors, open batch and length where possible."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject,)
+    ensures: ClassVar[tuple[type, ...]] = (Program,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Trace."""
+        what = facts.get(Subject)
+        filled = MASKS if what.example_inputs is None else frozenset()
+        return facts.adding(trace(what.model, *bind(what.model, what.example_inputs), filled=filled))
+
+
+@dataclass(frozen=True)
+class Annotate:
+    """Label every coordinate. Ensures: whatever is not understood is pinned, with a reason."""
+
+    requires: ClassVar[tuple[type, ...]] = (Program,)
+    ensures: ClassVar[tuple[type, ...]] = (Labels,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Annotate."""
+        return facts.adding(annotate(facts.get(Program)))
+
+
+@dataclass(frozen=True)
+class Find:
+    """Find families of coordinates. Ensures: random keeps of each are boxes everywhere."""
+
+    requires: ClassVar[tuple[type, ...]] = (Program, Labels)
+    ensures: ClassVar[tuple[type, ...]] = (Found,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Find."""
+        return facts.adding(find(facts.get(Program), facts.get(Labels)))
+
+
+@dataclass(frozen=True)
+class Name:
+    """Match the patterns. Ensures: a match or a near miss for every linear."""
+
+    requires: ClassVar[tuple[type, ...]] = (Program,)
+    ensures: ClassVar[tuple[type, ...]] = (Naming,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Name."""
+        return facts.adding(names(facts.get(Program)))
+
+
+@dataclass(frozen=True)
+class Order:
+    """Make sites of families. Ensures: unique names, order of execution, the site graph."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Found, Naming)
+    ensures: ClassVar[tuple[type, ...]] = (Sites,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Order."""
+        model = facts.get(Subject).model
+        return facts.adding(
+            name_sites(model, facts.get(Program), facts.get(Labels), facts.get(Found), facts.get(Naming))
+        )
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Choose what goes. Ensures: a plan that keeps at least one unit of every site."""
+
+    request: Request
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Sites)
+    ensures: ClassVar[tuple[type, ...]] = (Plan,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Choose."""
+        model = facts.get(Subject).model
+        choice: Choice = choose(facts.get(Sites).sites, facts.get(Program).tensors, self.request)
+        return facts.adding(new_plan(model, choice, self.request))
+
+
+def new_plan(model: nn.Module, choice: Choice, request: Request) -> Plan:
+    """Return a plan for a model with today's versions."""
+    import importlib.metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return Plan(
+        fxslim=version("fxslim") or "unknown",
+        torch=version("torch") or "unknown",
+        transformers=version("transformers"),
+        fingerprint=fingerprint(model),
+        sites=choice.sites,
+        requested=request.asked(),
+        notes=choice.notes,
+    )
+
+
+@dataclass(frozen=True)
+class Reread:
+    """Check a given plan against the model's own sites. Ensures: the plan's slices are those that the labels give."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Sites, Plan)
+    ensures: ClassVar[tuple[type, ...]] = ()
+
+    def run(self, facts: Facts) -> Facts:
+        """Check."""
+        plan, model = facts.get(Plan), facts.get(Subject).model
+        check_plan(plan, model)
+        mine = {site.name: site for site in facts.get(Sites).sites}
+        for part in plan:
+            site = mine.get(part.site.name)
+            if site is None or not same_slices(site.slices, part.site.slices):
+                raise PlanError(
+                    f"the plan's site {part.site.name} is not what this model's graph says it is; make the plan anew "
+                    "with fxslim.plan and this version."
+                )
+        return facts
+
+
+def check_plan(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError for a plan of another model."""
+    own = fingerprint(model)
+    if plan.weights_changed:
+        raise PlanError("the plan repaired weights, so it cannot be applied to the dense model again.")
+    if plan.fingerprint != own:
+        raise PlanError(
+            f"the plan was made for another model ({plan.fingerprint.model_class}), not for this "
+            f"{own.model_class}: names, shapes or sizes in the config differ. Make a plan for this model."
+        )
+
+
+@dataclass(frozen=True)
+class Take:
+    """Turn the plan into a cut of the labels. Ensures: closed under parents."""
+
+    requires: ClassVar[tuple[type, ...]] = (Labels, Sites, Plan)
+    ensures: ClassVar[tuple[type, ...]] = (Cut,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Cut."""
+        return facts.adding(cut_of(facts.get(Labels), facts.get(Sites), facts.get(Plan).sites))
+
+
+def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...]) -> Cut:
+    """Return the cut that removes what site plans remove."""
+    gone = [sites.families[p.site.name].leaves[p.gone[sites.families[p.site.name].unit_of]] for p in parts]
+    return closed(labels, np.concatenate(gone) if gone else np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Vary:
+    """Choose inputs and paths for comparing. Ensures: inputs that were not used for tracing, in other sizes."""
+
+    every_path: bool = True
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program)
+    ensures: ClassVar[tuple[type, ...]] = (Ways,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Choose."""
+        program, model = facts.get(Program), facts.get(Subject).model
+        if any(p.device.type == "meta" for p in model.parameters()):
+            return facts.adding(Ways(()))
+        varied = _usable(model, program, seed=1, batch=BATCH + 1, length=LENGTH + 2)
+        single = _usable(model, program, seed=2, batch=1, length=LENGTH - 2)
+        ways = list(paths(model, varied, filled=program.call.filled)) if self.every_path else [Path("fresh", varied)]
+        return facts.adding(Ways((*ways, Path("batch of one", single))))
+
+
+def _usable(model: nn.Module, program: Program, *, seed: int, batch: int, length: int) -> Mapping[str, Any]:
+    """Return fresh inputs, in other sizes where the model runs on them."""
+    wanted = fresh(program, seed=seed, batch=batch, length=length)
+    try:
+        Path("trial", wanted).run(model)
+    except Exception:  # noqa: BLE001 - a model may refuse sizes for reasons of its own; the traced ones it takes
+        return fresh(program, seed=seed)
+    return wanted
+
+
+@dataclass(frozen=True)
+class NarrowModule:
+    """Narrow the user's own class. Ensures: a copy; what no edit can express stays in place, zeroed and noted."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Labels, Sites, Plan, Ways)
+    ensures: ClassVar[tuple[type, ...]] = (Plan, Narrowed)
+
+    def run(self, facts: Facts) -> Facts:
+        """Narrow."""
+        model, plan, ways = facts.get(Subject).model, facts.get(Plan), facts.get(Ways)
+        if not plan.edits and not plan.zeroed:
+            sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
+            found = find_edits(model, plan, sizes, ways.paths)
+            reason = "no edit of the module's integers expresses this; its units stay in place, with zero columns"
+            notes = tuple(Note(where=name, reason=reason) for name in found.stuck)
+            plan = plan.model_copy(
+                update={"edits": found.edits, "zeroed": found.stuck, "notes": (*plan.notes, *notes)}
+            )
+        return facts.adding(plan, Narrowed(narrowed_copy(model, plan)))
+
+
+def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozenset[int]]:
+    """Return every axis size that a site changes: old -> new."""
+    cut = cut_of(labels, sites, (part,))
+    changed: dict[int, set[int]] = {}
+
+    def add(old: int, new: int) -> None:
+        if old != new:
+            changed.setdefault(old, set()).add(new)
+
+    for value in labels.values.values():
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Value) and cut.touches(item):
+                for old, new in zip(item.shape, cut.shape(item), strict=True):
+                    add(old, new)
+    site, kept = part.site, len(part.keep)
+    add(site.units, kept)
+    if site.groups is not None:
+        groups = len(set(np.asarray(site.groups)[list(part.keep)].tolist()))
+        add(site.group_count, groups)
+        add(site.units // site.group_count, kept // groups)
+    return {old: frozenset(new) for old, new in changed.items()}
+
+
+@dataclass(frozen=True)
+class NarrowGraph:
+    """Rewrite the graph and emit it. Ensures: a GraphModule with the model's names and signature."""
+
+    narrow: bool = True
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Cut)
+    ensures: ClassVar[tuple[type, ...]] = (Narrowed,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Narrow, or insert masks."""
+        program, cut = facts.get(Program), facts.get(Cut)
+        made = rewrite(program, cut) if self.narrow else insert_masks(program, facts.get(Labels), cut)
+        name = type(facts.get(Subject).original).__name__
+        return facts.adding(Narrowed(emit(program, made.graph, made.tensors, name=name)))
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare masked and narrowed. Ensures: they agree along every path, or VerifyError."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Plan, Narrowed, Ways)
+    ensures: ClassVar[tuple[type, ...]] = (Verification,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Compare."""
+        small = facts.get(Narrowed).module
+        ways = facts.get(Ways).paths
+        if isinstance(small, CompiledModule):
+            ways = graph_paths(ways)
+        return facts.adding(compare(facts.get(Subject).model, small, facts.get(Plan), ways))
+
+
+def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the paths that a graph can run: one forward, with the attention that was traced."""
+    return tuple(path for path in ways if not path.generate and path.attention is None)
+
+
+@dataclass(frozen=True)
+class Account:
+    """Count what was saved. Ensures: a report."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Cut, Plan, Narrowed, Verification)
+    ensures: ClassVar[tuple[type, ...]] = (Report,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Count."""
+        program, plan = facts.get(Program), facts.get(Plan)
+        before = macs(program.graph)
+        notes = [Note(where="graph", reason=note) for note in program.notes]
+        if before.uncounted:
+            notes.append(Note(where="MACs", reason=f"not counted: {', '.join(before.uncounted)}"))
+        return facts.adding(
+            Report(
+                parameters_before=parameters(facts.get(Subject).model),
+                parameters_after=parameters(facts.get(Narrowed).module),
+                macs_before=before.total,
+                macs_after=macs(example_macs_graph(program, facts.get(Cut))).total,
+                plan=plan,
+                verification=facts.get(Verification),
+                not_done=plan.notes,
+                notes=tuple(notes),
+            )
+        )
+
+
+INSPECT: tuple[Pass, ...] = (Trace(), Annotate(), Find(), Name(), Order())
+CHECK_PLAN: tuple[Pass, ...] = (Reread(), Take())
+SLIM: tuple[Pass, ...] = (Vary(), NarrowModule(), Verify(), Account())
+
+
+def compile_passes(*, narrow: bool) -> tuple[Pass, ...]:
+    """Return the passes that make a graph of a cut."""
+    return (Vary(), NarrowGraph(narrow=narrow), Verify(), Account())
+
+
+def choosing(request: Request) -> Pipeline:
+    """Return the pipeline that makes a plan."""
+    return Pipeline((*INSPECT, Choose(request)), given=(Subject,))
+
+
+def inspecting() -> Pipeline:
+    """Return the pipeline that finds sites."""
+    return Pipeline(INSPECT, given=(Subject,))
+
+
+def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...]) -> Pipeline:
+    """Return the pipeline that narrows a model by a request, or by a plan that is given."""
+    if given_plan:
+        return Pipeline((*INSPECT, *CHECK_PLAN, *last), given=(Subject, Plan))
+    return Pipeline((*INSPECT, Choose(request), Take(), *last), given=(Subject,))
+

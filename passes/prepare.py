@@ -1,0 +1,74 @@
+"""Prepare a model: make pruning and other parametrizations permanent on a copy, and take its fingerprint."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from fxslim.plan import Fingerprint
+
+VOLATILE = ("transformers_version", "_name_or_path", "fxslim", "torch_dtype", "dtype", "architectures")
+"""Config fields that say nothing about sizes."""
+
+
+def permanent(model: nn.Module) -> nn.Module:
+    """Return the model itself, or, where masks or parametrizations compute its weights, a copy that holds the results."""
+    if not _computed(model):
+        return model
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    made = copy.deepcopy(model, memo)
+    settle(made)
+    return made
+
+
+def settle(model: nn.Module) -> None:
+    """Make pruning masks and parametrizations permanent, in place."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def _computed(model: nn.Module) -> bool:
+    return any(
+        parametrize.is_parametrized(module)
+        or any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values())
+        for module in model.modules()
+    )
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Return what identifies a model's structure: names, shapes, ties, class and whole-number config fields."""
+    first: dict[int, str] = {}
+    rows = []
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in sorted(every, key=lambda item: item[0]):
+        original = first.setdefault(id(tensor), name)
+        rows.append([name, list(tensor.shape), "" if original == name else original])
+    config = getattr(model, "config", None)
+    fields = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
+    text = json.dumps([type(model).__name__, rows, _whole_numbers(fields)], sort_keys=True)
+    return Fingerprint(model_class=type(model).__name__, digest=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _whole_numbers(fields: Any) -> Any:
+    """Keep the whole numbers of a nested config."""
+    if isinstance(fields, dict):
+        kept = {str(name): _whole_numbers(value) for name, value in fields.items() if name not in VOLATILE}
+        return {name: value for name, value in kept.items() if value not in (None, {}, [])}
+    if isinstance(fields, list | tuple):
+        return [value for value in map(_whole_numbers, fields) if value not in (None, {}, [])]
+    return fields if type(fields) is int else None
