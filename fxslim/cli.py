@@ -144,8 +144,8 @@ def compile(
             round_to=round_to,
             include=include,
             skip=skip,
-            inplace=True,
         )
+        del dense  # what is written next is loaded once more: no room for three
         stage(f"writing {output} and loading it back")
         fxslim.save_pretrained(small, output, tokenizer_from=model, force=force)
     report = small.fxslim.report

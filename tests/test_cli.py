@@ -139,7 +139,7 @@ def test_compile_refuses_an_existing_folder_unless_forced(folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--ffn", 1.0), "everything"),
+        (("--ffn", 1.0), "asks for every unit"),
         (("--skip", "nothing.like.this"), "nothing.like.this"),
     ],
 )

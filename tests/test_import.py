@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"labels"}),
-    frozenset({"program", "plan", "site"}),
+    frozenset({"program", "plan", "site", "overlay"}),
     frozenset({"trace", "inputs", "flow", "match", "forms", "pipeline", "text", "report", "count", "timer", "folder"}),
     frozenset({"passes"}),
     frozenset({"api"}),
