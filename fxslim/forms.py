@@ -109,7 +109,7 @@ class Product:
         """Give every value to the first part that takes it, then serve the parts that got none."""
         walk = at.scope.walk(POINTWISE, True)
         values = self._values(at.node, walk)
-        if len(values) < 2:
+        if len(values) < max(2, len(self.parts)):
             return at.at(values[0].sources[0].node).miss("a product of different values", walk)
         behind = at.deeper(at.node, "behind the product")
         offers = [[part.accept(value, behind, walk) for part in self.parts] for value in values]

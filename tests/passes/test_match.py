@@ -208,6 +208,13 @@ def test_a_part_may_ask_for_a_plainer_path_than_the_product_walks(toy: Toy) -> N
     assert str(miss) == "strict at down: expected only move behind the product, found linear (linear) in a"
 
 
+def test_every_part_needs_a_value_of_its_own(toy: Toy) -> None:
+    parts = tuple(Through(POINTWISE, Linear(role)) for role in ("one", "two", "three"))
+    value = toy.op("mul", toy.layer("a", toy.x), toy.layer("b", toy.x))
+    miss = missed(Pattern("triple", Linear("down", Product(parts))), toy, toy.layer("down", value))
+    assert miss.expected == "a product of different values in front of down"
+
+
 def test_attention_and_what_feeds_it(toy: Toy) -> None:
     q = toy.layer("q", toy.x)
     rotated = toy.op("add", toy.op("scale", q), toy.op("join", toy.op("move", q, piece=0), toy.op("move", q, piece=1)))
