@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fxslim.errors import InputError
+from fxslim.errors import InputError, VerifyError
 from fxslim.inputs import bind
 from fxslim.passes import pipelines as lines
 from fxslim.passes.choose import Request, select
@@ -19,7 +19,7 @@ from fxslim.passes.narrow import replay
 from fxslim.passes.paths import paths
 from fxslim.passes.prepare import settle
 from fxslim.passes.sites import Sites
-from fxslim.passes.verify import compare
+from fxslim.passes.verify import compare, refer
 from fxslim.pipeline import Facts, Observer, Pass, Pipeline
 from fxslim.plan import Note, Plan
 from fxslim.program import Program
@@ -147,7 +147,10 @@ def slim(
         VerifyError: masked and narrowed differ; otherwise as `plan`, and PlanError for a plan of another model.
     """
     request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
-    small, record = _narrow(model, example_inputs, plan, request, lines.SLIM, progress, observer)
+    try:
+        small, record = _narrow(model, example_inputs, plan, request, lines.SLIM, progress, observer)
+    except VerifyError:
+        small, record = _narrow(model, example_inputs, plan, request, lines.SLIM_THOROUGH, progress, observer)
     if inplace:
         settle(model)
         small = replay(model, record.plan)
@@ -242,7 +245,7 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
     ways = paths(what.model, candidates[0], filled=lines.MASKS if example_inputs is None else frozenset())
     if isinstance(small, CompiledModule):
         ways = lines.graph_paths(ways)
-    return compare(what.model, small, plan, ways)
+    return compare(what.model, small, plan, refer(what.model, plan, ways))
 
 
 def _narrow(

@@ -135,6 +135,8 @@ def _measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarra
     zero = np.ones(site.units, dtype=bool)
     total = np.zeros(site.units)
     for piece in site.slices:
+        if piece.groups is not None:
+            continue  # shared by several units: no unit's own
         tensor = tensors[piece.tensor].detach()
         if tensor.device.type == "meta":
             return np.zeros(site.units, dtype=bool), np.zeros(site.units), False
@@ -145,22 +147,27 @@ def _measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarra
             bad = "NaN" if np.isnan(squares).any() else "infinite values"
             raise InputError(f"{piece.tensor} holds {bad}; repair the checkpoint before narrowing it.")
         owner = piece.owners()
-        if piece.groups is not None:
-            continue  # shared by several units: no unit's own
         owned = owner >= 0
         np.add.at(total, owner[owned], squares[owned])
         if piece.role == "in":
-            alive = np.zeros(site.units)
-            nonzero = (tensor != 0).any(dim=rest[0]) if len(rest) == 1 else (tensor != 0).flatten(1).any(1)
-            if len(rest) != 1:
-                nonzero = (tensor.movedim(piece.dim, 0).flatten(1) != 0).any(dim=1)
-            np.add.at(alive, owner[owned], nonzero.cpu().numpy()[owned].astype(float))
-            zero &= alive == 0
+            alive = np.zeros(site.units, dtype=bool)
+            np.logical_or.at(alive, owner[owned], _nonzero(tensor, piece.dim, squares)[owned])
+            zero &= ~alive
     return zero, np.sqrt(total), True
 
 
 def _norms(tensor: torch.Tensor, rest: list[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dim=rest, dtype=dtype) if rest else tensor.to(dtype).abs()
+
+
+def _nonzero(tensor: torch.Tensor, dim: int, squares: np.ndarray) -> np.ndarray:
+    """Return which rows hold anything but zeros; tiny values whose squares vanish count."""
+    nonzero: np.ndarray = squares > 0
+    suspects = np.flatnonzero(~nonzero)
+    if len(suspects):
+        rows = tensor.index_select(dim, torch.from_numpy(suspects).to(tensor.device)).movedim(dim, 0).flatten(1)
+        nonzero[suspects] = (rows != 0).any(dim=1).cpu().numpy()
+    return nonzero
 
 
 def _members(site: Site) -> list[np.ndarray]:

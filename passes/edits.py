@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxslim.passes.mask import masked
 from fxslim.passes.narrow import apply_edit, narrowed_copy
 from fxslim.passes.paths import Path, evaluating, tensors_of
 from fxslim.passes.verify import distance
@@ -27,6 +26,12 @@ MOST = 3
 """Largest number of integers that are changed together in one module."""
 CLOSE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 """A wrong integer shows far above these; the final verification is the exact one."""
+
+
+Edited = tuple[str, str, str]
+"""Kind of an edit, module relative to the one that holds it, name."""
+Looks = tuple[Any, ...]
+"""What modules have in common that need the same edits."""
 
 
 @dataclass
@@ -56,7 +61,10 @@ class Edits:
 
 
 def find_edits(
-    model: nn.Module, plan: Plan, sizes: Mapping[str, Mapping[int, frozenset[int]]], paths: Sequence[Path]
+    model: nn.Module,
+    plan: Plan,
+    sizes: Mapping[str, Mapping[int, frozenset[int]]],
+    watches: Mapping[str, Watch],
 ) -> Edits:
     """Find the integer edits that a plan needs.
 
@@ -64,31 +72,64 @@ def find_edits(
         model: the dense model.
         plan: the plan, without edits.
         sizes: site name -> old size -> new sizes, over every axis that the site changes.
-        paths: how to run the model.
+        watches: what was seen of modules while the masked model ran. A module that was not watched takes the edits of
+            one that looks alike; the verification has to show that this was right.
     """
-    owners = {part.site.name: _called(model, part.site.module) for part in plan.sites}
-    by_module: dict[str, list[SitePlan]] = {}
-    for part in plan.sites:
-        by_module.setdefault(owners[part.site.name], []).append(part)
-    watched = watch(model, plan, list(by_module), paths)
     found: list[AttributeEdit | ConfigEdit] = []
     stuck: list[str] = []
-    known: dict[tuple[Any, ...], list[tuple[str, str, str]]] = {}
-    for path, parts in sorted(by_module.items(), key=lambda item: -item[0].count(".") if item[0] else 1):
+    known: dict[Looks, tuple[Edited, ...]] = {}
+    for path, parts in holders(model, plan).items():
         merged: dict[int, frozenset[int]] = {}
         for part in parts:
             for old, new in sizes.get(part.site.name, {}).items():
                 merged[old] = merged.get(old, frozenset()) | new
+        looks = _looks(model, path, parts)
+        if path not in watches:
+            found.extend(_likewise(model, path, known[looks], merged))
+            continue
         so_far = plan.model_copy(update={"edits": tuple(found), "zeroed": tuple(stuck)})
-        trial = _Trial(model, so_far, path, watched[path], merged)
-        key = (type(model.get_submodule(path)), tuple(part.site.kind for part in parts))
-        edits = trial.search(known.get(key, []))
+        edits = _Trial(model, so_far, path, watches[path], merged).search(known.get(looks, ()))
         if edits is None:
             stuck.extend(part.site.name for part in parts)
-        else:
-            known[key] = [(e.edit, e.module[len(path) :], e.name) for e in edits]
-            found.extend(edits)
+        known[looks] = tuple((e.edit, e.module[len(path) :], e.name) for e in edits or ())
+        found.extend(edits or ())
     return Edits(tuple(found), tuple(stuck))
+
+
+def holders(model: nn.Module, plan: Plan) -> dict[str, list[SitePlan]]:
+    """Return the modules with a forward that hold a plan's sites, innermost first."""
+    by_module: dict[str, list[SitePlan]] = {}
+    for part in plan.sites:
+        by_module.setdefault(_called(model, part.site.module), []).append(part)
+    return dict(sorted(by_module.items(), key=lambda item: -len(item[0].split(".")) if item[0] else 0))
+
+
+def to_watch(model: nn.Module, plan: Plan, *, thorough: bool) -> tuple[str, ...]:
+    """Return which modules to watch: all that hold sites, or one of each look."""
+    first: dict[Looks, str] = {}
+    every = holders(model, plan)
+    for path, parts in every.items():
+        first.setdefault(_looks(model, path, parts), path)
+    return tuple(every) if thorough else tuple(first.values())
+
+
+def _looks(model: nn.Module, path: str, parts: Sequence[SitePlan]) -> Looks:
+    module = model.get_submodule(path)
+    return (type(module), tuple((part.site.kind, part.site.module[len(path) :]) for part in parts))
+
+
+def _likewise(
+    model: nn.Module, path: str, known: Sequence[Edited], sizes: Mapping[int, frozenset[int]]
+) -> list[AttributeEdit | ConfigEdit]:
+    """Return the edits of a module that looks like one whose edits are known."""
+    edits: list[AttributeEdit | ConfigEdit] = []
+    for kind, suffix, name in known:
+        module = f"{path}{suffix}"
+        owner: Any = model.get_submodule(module)
+        old = getattr(owner.config if kind == "config" else owner, name)
+        made = ConfigEdit if kind == "config" else AttributeEdit
+        edits.extend(made(module=module, name=name, old=old, new=new) for new in sorted(sizes.get(old, ()))[:1])
+    return edits
 
 
 def _called(model: nn.Module, path: str) -> str:
@@ -101,21 +142,19 @@ def _called(model: nn.Module, path: str) -> str:
     return path
 
 
-def watch(model: nn.Module, plan: Plan, modules: Iterable[str], paths: Sequence[Path]) -> dict[str, Watch]:
-    """Run the masked model along every path; record what modules take, return and read."""
-    watches = {path: Watch() for path in modules}
-    with masked(model, plan), _recording(model, watches):
-        for way in paths:
-            handles = []
-            if not way.generate:
-                for path, seen in watches.items():
-                    handles.extend(_record_calls(model.get_submodule(path), seen, way))
-            try:
-                way.run(model)
-            finally:
-                for handle in handles:
-                    handle.remove()
-    return watches
+@contextmanager
+def watching(model: nn.Module, watches: Mapping[str, Watch], way: Path) -> Iterator[None]:
+    """Record what modules take, return and read, while the model runs along a path."""
+    with _recording(model, watches):
+        handles = []
+        if not way.generate:
+            for path, seen in watches.items():
+                handles.extend(_record_calls(model.get_submodule(path), seen, way))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _record_calls(module: nn.Module, seen: Watch, way: Path) -> list[Any]:
@@ -149,7 +188,7 @@ def _recording(model: nn.Module, watches: Mapping[str, Watch]) -> Iterator[None]
         for path, seen in watches.items():
             for name, module in model.get_submodule(path).named_modules():
                 full = f"{path}.{name}".strip(".") if name else path
-                if type(module).__module__.startswith("torch.nn.modules.linear") or hasattr(module, "_fxslim_seen"):
+                if type(module).__module__.startswith("torch.nn.modules.linear"):
                     continue
                 config = vars(module).get("config")
                 if config is not None and not isinstance(config, dict | str | int):
@@ -160,9 +199,9 @@ def _recording(model: nn.Module, watches: Mapping[str, Watch]) -> Iterator[None]
                 _swap(module, lambda n, v, full=full, seen=seen: seen.read.setdefault(("attribute", full, n), v))
         yield
     finally:
-        for module, kind in swapped:
+        for module, kind in reversed(swapped):  # nested modules are watched twice
             module.__class__ = kind
-        for module, config in configs:
+        for module, config in reversed(configs):
             module.config = config
 
 
@@ -212,7 +251,7 @@ class _Trial:
         self.candidates = _candidates(model, path, seen, sizes)
         self.narrowed = _narrowed_part(model, plan, path)
 
-    def search(self, known: Sequence[tuple[str, str, str]]) -> tuple[AttributeEdit | ConfigEdit, ...] | None:
+    def search(self, known: Sequence[Edited]) -> tuple[AttributeEdit | ConfigEdit, ...] | None:
         """Return the smallest set of edits under which the module computes what the masked one does."""
         tried = [edit for edit in self.candidates if (edit.edit, edit.module[len(self.path) :], edit.name) in known]
         order: list[tuple[AttributeEdit | ConfigEdit, ...]] = [tuple(tried)] if tried else []

@@ -10,14 +10,14 @@ import numpy as np
 from torch import nn
 
 from fxslim.count import macs, parameters
-from fxslim.errors import PlanError
+from fxslim.errors import PlanError, UnsupportedModelError
 from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
 from fxslim.passes.cut import Cut, closed
-from fxslim.passes.edits import find_edits
-from fxslim.passes.emit import CompiledModule, emit
+from fxslim.passes.edits import Watch, find_edits, to_watch, watching
+from fxslim.passes.emit import emit
 from fxslim.passes.find import Found, find
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
@@ -25,7 +25,7 @@ from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
 from fxslim.passes.sites import Sites, name_sites, same_slices
-from fxslim.passes.verify import compare
+from fxslim.passes.verify import Reference, compare, refer
 from fxslim.pipeline import Facts, Pass, Pipeline
 from fxslim.plan import Note, Plan, SitePlan
 from fxslim.program import Program
@@ -56,13 +56,6 @@ class Narrowed:
     """A narrowed model, in module or graph form."""
 
     module: nn.Module
-
-
-@dataclass(frozen=True)
-class Ways:
-    """How to run the model when comparing."""
-
-    paths: tuple[Path, ...]
 
 
 def subject(model: nn.Module, example_inputs: Any) -> Subject:
@@ -225,53 +218,74 @@ def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...]) -> Cut:
 
 
 @dataclass(frozen=True)
-class Vary:
-    """Choose inputs and paths for comparing. Ensures: inputs that were not used for tracing, in other sizes."""
+class References:
+    """What the masked model returns, and what was seen of its modules while it ran."""
 
-    every_path: bool = True
+    references: tuple[Reference, ...]
+    watches: Mapping[str, Watch]
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program)
-    ensures: ClassVar[tuple[type, ...]] = (Ways,)
+
+@dataclass(frozen=True)
+class Refer:
+    """Run the masked dense model. Ensures: results on inputs that were not used for tracing, in other sizes.
+
+    Attributes:
+        graph: run only what a graph can run, and watch nothing.
+        thorough: watch every module that holds sites, not one of each look.
+    """
+
+    graph: bool = False
+    thorough: bool = False
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Plan)
+    ensures: ClassVar[tuple[type, ...]] = (References,)
 
     def run(self, facts: Facts) -> Facts:
-        """Choose."""
-        program, model = facts.get(Program), facts.get(Subject).model
+        """Run."""
+        program, model, plan = facts.get(Program), facts.get(Subject).model, facts.get(Plan)
         if any(p.device.type == "meta" for p in model.parameters()):
-            return facts.adding(Ways(()))
-        varied = _usable(model, program, seed=1, batch=BATCH + 1, length=LENGTH + 2)
-        single = _usable(model, program, seed=2, batch=1, length=LENGTH - 2)
-        ways = list(paths(model, varied, filled=program.call.filled)) if self.every_path else [Path("fresh", varied)]
-        return facts.adding(Ways((*ways, Path("batch of one", single))))
+            raise UnsupportedModelError(
+                "the weights are on meta: fxslim.inspect and fxslim.plan work without weights, narrowing needs them."
+            )
+        modules = () if self.graph else to_watch(model, plan, thorough=self.thorough)
+        try:
+            return facts.adding(self._refer(program, model, plan, modules, fresh_sizes=True))
+        except Exception:  # noqa: BLE001 - a model may refuse other sizes for reasons of its own
+            return facts.adding(self._refer(program, model, plan, modules, fresh_sizes=False))
 
-
-def _usable(model: nn.Module, program: Program, *, seed: int, batch: int, length: int) -> Mapping[str, Any]:
-    """Return fresh inputs, in other sizes where the model runs on them."""
-    wanted = fresh(program, seed=seed, batch=batch, length=length)
-    try:
-        Path("trial", wanted).run(model)
-    except Exception:  # noqa: BLE001 - a model may refuse sizes for reasons of its own; the traced ones it takes
-        return fresh(program, seed=seed)
-    return wanted
+    def _refer(
+        self, program: Program, model: nn.Module, plan: Plan, modules: tuple[str, ...], *, fresh_sizes: bool
+    ) -> References:
+        batch, length, one = (BATCH + 1, LENGTH + 2, 1) if fresh_sizes else (None, None, None)
+        varied = fresh(program, seed=1, batch=batch, length=length)
+        ways = (
+            *paths(model, varied, filled=program.call.filled),
+            Path("batch of one" if fresh_sizes else "other values", fresh(program, seed=2, batch=one)),
+        )
+        watches = {path: Watch() for path in modules}
+        return References(
+            refer(model, plan, graph_paths(ways) if self.graph else ways, around=lambda way:
+                  watching(model, watches, way)),
+            watches,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class NarrowModule:
     """Narrow the user's own class. Ensures: a copy; what no edit can express stays in place, zeroed and noted."""
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Labels, Sites, Plan, Ways)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Labels, Sites, Plan, References)
     ensures: ClassVar[tuple[type, ...]] = (Plan, Narrowed)
 
     def run(self, facts: Facts) -> Facts:
         """Narrow."""
-        model, plan, ways = facts.get(Subject).model, facts.get(Plan), facts.get(Ways)
+        model, plan = facts.get(Subject).model, facts.get(Plan)
         if not plan.edits and not plan.zeroed:
             sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
-            found = find_edits(model, plan, sizes, ways.paths)
+            found = find_edits(model, plan, sizes, facts.get(References).watches)
             reason = "no edit of the module's integers expresses this; its units stay in place, with zero columns"
             notes = tuple(Note(where=name, reason=reason) for name in found.stuck)
-            plan = plan.model_copy(
-                update={"edits": found.edits, "zeroed": found.stuck, "notes": (*plan.notes, *notes)}
-            )
+            plan = plan.model_copy(update={"edits": found.edits, "zeroed": found.stuck, "notes": (*plan.notes, *notes)})
         return facts.adding(plan, Narrowed(narrowed_copy(model, plan)))
 
 
@@ -319,16 +333,14 @@ class NarrowGraph:
 class Verify:
     """Compare masked and narrowed. Ensures: they agree along every path, or VerifyError."""
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Plan, Narrowed, Ways)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Plan, Narrowed, References)
     ensures: ClassVar[tuple[type, ...]] = (Verification,)
 
     def run(self, facts: Facts) -> Facts:
         """Compare."""
-        small = facts.get(Narrowed).module
-        ways = facts.get(Ways).paths
-        if isinstance(small, CompiledModule):
-            ways = graph_paths(ways)
-        return facts.adding(compare(facts.get(Subject).model, small, facts.get(Plan), ways))
+        references = facts.get(References).references
+        model, small = facts.get(Subject).model, facts.get(Narrowed).module
+        return facts.adding(compare(model, small, facts.get(Plan), references))
 
 
 def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -366,12 +378,14 @@ class Account:
 
 INSPECT: tuple[Pass, ...] = (Trace(), Annotate(), Find(), Name(), Order())
 CHECK_PLAN: tuple[Pass, ...] = (Reread(), Take())
-SLIM: tuple[Pass, ...] = (Vary(), NarrowModule(), Verify(), Account())
+SLIM: tuple[Pass, ...] = (Refer(), NarrowModule(), Verify(), Account())
+SLIM_THOROUGH: tuple[Pass, ...] = (Refer(thorough=True), NarrowModule(), Verify(), Account())
+"""For models whose modules look alike and need different edits."""
 
 
 def compile_passes(*, narrow: bool) -> tuple[Pass, ...]:
     """Return the passes that make a graph of a cut."""
-    return (Vary(), NarrowGraph(narrow=narrow), Verify(), Account())
+    return (Refer(graph=True), NarrowGraph(narrow=narrow), Verify(), Account())
 
 
 def choosing(request: Request) -> Pipeline:

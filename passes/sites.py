@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
+import numpy as np
 from torch import fx, nn
 
 from fxslim.match import Match
@@ -37,13 +38,15 @@ class Sites:
 
 def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found, naming: Naming) -> Sites:
     """Give every family a name, a kind and roles, and order them."""
-    last = _last_block_node(model, program)
+    blocks = frozenset(_blocks(model))
     place = {node: i for i, node in enumerate(program.graph.nodes)}
+    inside = [i for node, i in place.items() if node.op == "call_function" and _within(module_path(node), blocks)]
+    ends = _ends(found.families, labels)
     rows = []
-    for family in found.families:
-        ends = _ends(family, labels)
-        first = min(place[node] for node in ends)
-        rows.append((first, family, last is not None and first > last and not _in_block(model, family)))
+    for family, nodes in zip(found.families, ends, strict=True):
+        first = min(place[node] for node in nodes)
+        held = any(_within(piece.tensor.rpartition(".")[0], blocks) for piece in family.slices)
+        rows.append((first, family, bool(inside) and first > inside[-1] and not held))
     rows.sort(key=lambda row: row[0])
     sites: list[Site] = []
     families: dict[str, Family] = {}
@@ -75,11 +78,17 @@ def _kind(match: Match | None, family: Family) -> Kind:
     return match.kind if match.kind in ("ffn", "gated_ffn", "attention") else "generic"  # type: ignore[return-value]
 
 
-def _ends(family: Family, labels: Labels) -> list[fx.Node]:
-    """Return the products at which a family is summed over."""
-    mine = set(family.leaves.tolist())
-    return [use.node for use in labels.contracted if int(labels.components.of[int(use.labels[0])]) in mine
-            or any(int(c) in mine for c in labels.components.of[use.labels.numpy()])]  # fmt: skip
+def _ends(families: Sequence[Family], labels: Labels) -> list[list[fx.Node]]:
+    """Return, for each family, the products at which it is summed over."""
+    owner = np.full(len(labels.components.pinned), -1)
+    for number, family in enumerate(families):
+        owner[family.leaves] = number
+    ends: list[list[fx.Node]] = [[] for _ in families]
+    for use in labels.contracted:
+        for number in np.unique(owner[labels.components.of[use.labels.numpy()]]).tolist():
+            if number >= 0:
+                ends[number].append(use.node)
+    return ends
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -97,27 +106,9 @@ def _blocks(model: nn.Module) -> list[str]:
     return paths
 
 
-def _within(path: str, blocks: Iterable[str]) -> bool:
-    return any(path == block or path.startswith(f"{block}.") for block in blocks)
-
-
-def _in_block(model: nn.Module, family: Family) -> bool:
-    blocks = _blocks(model)
-    return any(_within(piece.tensor.rpartition(".")[0], blocks) for piece in family.slices)
-
-
-def _last_block_node(model: nn.Module, program: Program) -> int | None:
-    """Return the place of the last operation inside a repeated block."""
-    blocks = _blocks(model)
-    prefixes = {block for block in blocks}
-    last = None
-    for place, node in enumerate(program.graph.nodes):
-        if node.op == "call_function":
-            path = module_path(node)
-            parts = path.split(".")
-            if any(".".join(parts[: i + 1]) in prefixes for i in range(len(parts))):
-                last = place
-    return last
+def _within(path: str, blocks: frozenset[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[: i + 1]) in blocks for i in range(len(parts)))
 
 
 def _feeds(program: Program, labels: Labels, families: Mapping[str, Family]) -> nx.DiGraph:
@@ -126,11 +117,9 @@ def _feeds(program: Program, labels: Labels, families: Mapping[str, Family]) -> 
     graph.add_nodes_from(families)
     ends: dict[fx.Node, set[str]] = {}
     starts: dict[fx.Node, set[str]] = {}
-    of = labels.components.of
-    owner = {int(leaf): name for name, family in families.items() for leaf in family.leaves}
-    for use in labels.contracted:
-        for name in {owner[int(c)] for c in of[use.labels.numpy()] if int(c) in owner}:
-            ends.setdefault(use.node, set()).add(name)
+    for name, nodes in zip(families, _ends(tuple(families.values()), labels), strict=True):
+        for node in nodes:
+            ends.setdefault(node, set()).add(name)
     tensors = _produced_tensors(families)
     for node in program.graph.nodes:
         for argument in node.all_input_nodes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxslim.errors import VerifyError
+from fxslim.errors import FxslimError, VerifyError
 from fxslim.passes.mask import masked
 from fxslim.passes.paths import Path
 from fxslim.plan import Plan
@@ -20,6 +23,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Largest difference allowed, relative to the largest absolute value of the output, by lowest dtype inside the model."""
 INNER_FLOAT32 = 1e-6
 """The same for a float64 model that computes parts in float32."""
+HALF = 0.05
+"""The same for half-precision models that are too large for a float32 copy."""
 LARGE = 1_000_000_000
 """Parameters above which a half-precision model is not copied to float32 for its verification."""
 
@@ -38,35 +43,72 @@ class _LowestFloat(TorchDispatchMode):
         return result
 
 
-def compare(model: nn.Module, small: nn.Module, plan: Plan, paths: Sequence[Path]) -> Verification:
-    """Run both models along every path and compare.
+@dataclass(frozen=True)
+class Reference:
+    """What the masked dense model returns along one path.
+
+    Attributes:
+        path: how it was run.
+        outputs: its floating-point results.
+        exact: the same in float32, for a model in half precision; else None.
+        lowest: the lowest floating-point precision inside it.
+    """
+
+    path: Path
+    outputs: list[torch.Tensor]
+    exact: list[torch.Tensor] | None
+    lowest: torch.dtype
+
+
+def refer(
+    model: nn.Module,
+    plan: Plan,
+    paths: Sequence[Path],
+    *,
+    around: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Reference, ...]:
+    """Run the masked dense model along every path, each time inside a context of the caller's."""
+    wide = _wide(model) if paths else None
+    made = []
+    for path in paths:
+        with masked(model, plan), around(path), _LowestFloat() as seen:
+            outputs = path.run(model)
+        exact = None
+        if wide is not None:
+            with masked(wide, plan):
+                exact = path.run(wide)
+        made.append(Reference(path, outputs, exact, seen.lowest))
+    return tuple(made)
+
+
+def compare(model: nn.Module, small: nn.Module, plan: Plan, references: Sequence[Reference]) -> Verification:
+    """Run the narrowed model along every path and compare with the masked one.
 
     Args:
-        model: the dense model; masked for the time being.
+        model: the dense model, to find the first wrong site with; masked for the time being.
         small: the narrowed model (module form or graph form).
         plan: what was taken out.
-        paths: how to run them.
+        references: what the masked dense model returns.
 
     Raises:
         VerifyError: they differ by more than the tolerance; it names the first site that is wrong.
     """
-    wide = _wide(model)
     differences = []
-    for path in paths:
-        with masked(model, plan), _LowestFloat() as seen:
-            reference = path.run(model)
-        found = path.run(small)
-        _same_count(reference, found, path)
-        if wide is not None:
-            with masked(wide, plan):
-                exact = path.run(_with_inputs(wide))
-            differences.append(_half(exact, reference, found, path, seen.lowest))
-        else:
-            differences.append(_full(reference, found, path, seen.lowest))
-        last = differences[-1]
-        if not last.max_abs <= last.tolerance:
+    for reference in references:
+        path = reference.path
+        try:
+            found = path.run(small)
+        except FxslimError:
+            raise
+        except Exception as error:
+            site, _ = first_wrong(model, small, plan, path)
+            raise VerifyError(site, float("inf"), 0.0, f"{path.name}: {type(error).__name__}: {error}") from error
+        _same_shapes(reference.outputs, found, path)
+        measured = _full(reference, found) if reference.exact is None else _half(reference, found)
+        if not measured.max_abs <= measured.tolerance:
             site, max_abs = first_wrong(model, small, plan, path)
-            raise VerifyError(site, max_abs or last.max_abs, last.tolerance, path.name)
+            raise VerifyError(site, max_abs or measured.max_abs, measured.tolerance, path.name)
+        differences.append(measured)
     return Verification(tuple(differences))
 
 
@@ -76,23 +118,19 @@ def _wide(model: nn.Module) -> nn.Module | None:
     halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in floating)
     if not halves or sum(p.numel() for p in floating) > LARGE:
         return None
-    return copy.deepcopy(model).float()
-
-
-def _with_inputs(wide: nn.Module) -> nn.Module:
-    """Let a float32 model take half-precision inputs."""
-
-    def widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        cast = {name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-                for name, value in kwargs.items()}  # fmt: skip
-        return args, cast
-
-    if not wide._forward_pre_hooks:
-        wide.register_forward_pre_hook(widen, with_kwargs=True)
+    wide = copy.deepcopy(model).float()
+    wide.register_forward_pre_hook(_widen, with_kwargs=True)
     return wide
 
 
-def _same_count(reference: list[torch.Tensor], found: list[torch.Tensor], path: Path) -> None:
+def _widen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Let a float32 model take half-precision inputs."""
+    return pytree.tree_map(
+        lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
+    )
+
+
+def _same_shapes(reference: list[torch.Tensor], found: list[torch.Tensor], path: Path) -> None:
     shapes = [tuple(t.shape) for t in reference], [tuple(t.shape) for t in found]
     if shapes[0] != shapes[1]:
         raise VerifyError("output", float("inf"), 0.0, f"{path.name}: shapes {shapes[1]} instead of {shapes[0]}")
@@ -115,21 +153,21 @@ def _nan_last(value: float) -> float:
     return float("inf") if value != value else value
 
 
-def _full(reference: list[torch.Tensor], found: list[torch.Tensor], path: Path, lowest: torch.dtype) -> Difference:
-    worst, scale = distance(reference, found)
-    outer = max((t.dtype for t in reference), key=lambda d: torch.finfo(d).eps, default=torch.float32)
-    relative = INNER_FLOAT32 if outer == torch.float64 and lowest != torch.float64 else TOLERANCE.get(lowest, 0.05)
-    return Difference(path.name, worst, scale, relative * max(scale, 1e-30))
+def _full(reference: Reference, found: list[torch.Tensor]) -> Difference:
+    worst, scale = distance(reference.outputs, found)
+    outer = max((t.dtype for t in reference.outputs), key=lambda d: torch.finfo(d).eps, default=torch.float32)
+    inner_float32 = outer == torch.float64 and reference.lowest != torch.float64
+    relative = INNER_FLOAT32 if inner_float32 else TOLERANCE.get(reference.lowest, HALF)
+    return Difference(reference.path.name, worst, scale, relative * max(scale, 1e-30))
 
 
-def _half(
-    exact: list[torch.Tensor], reference: list[torch.Tensor], found: list[torch.Tensor], path: Path, lowest: torch.dtype
-) -> Difference:
+def _half(reference: Reference, found: list[torch.Tensor]) -> Difference:
     """Half precision: against float32, at most twice the masked dense model's own rounding."""
-    own, scale = distance(exact, reference)
-    worst, _ = distance(exact, found)
-    floor = torch.finfo(lowest).eps * scale
-    return Difference(path.name, worst, scale, 2 * max(own, floor))
+    assert reference.exact is not None
+    own, scale = distance(reference.exact, reference.outputs)
+    worst, _ = distance(reference.exact, found)
+    floor = torch.finfo(reference.lowest).eps * scale
+    return Difference(reference.path.name, worst, scale, 2 * max(own, floor))
 
 
 def first_wrong(model: nn.Module, small: nn.Module, plan: Plan, path: Path) -> tuple[str, float]:

@@ -40,10 +40,12 @@ def split(walk: Walk, node: fx.Node) -> tuple[Value, ...]:
     shape = value.shape
     parts = [node.target(labels.expand(shape), *arguments, **keywords) for labels in value.labels]
     shapes = [tuple(part.shape) for part in node.target(torch.empty(shape, device="meta"), *arguments, **keywords)]
-    return tuple(
-        walk.tidy(Value(shapes[i], tuple(compact(part[i]) for part in parts), value.origin, value.looked_up))
-        for i in range(len(shapes))
-    )
+    pieces = []
+    for i, own in enumerate(shapes):
+        moved = tuple(compact(part[i]) for part in parts)
+        walk.pin_single(moved)
+        pieces.append(walk.tidy(Value(own, moved, value.origin, value.looked_up)))
+    return tuple(pieces)
 
 
 @rule("aten.expand", "aten.broadcast_to", "aten.expand_as")

@@ -146,7 +146,15 @@ class Walk:
     def move(self, value: Value, function: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int]) -> Value:
         """Run a data movement on every label tensor."""
         moved = tuple(compact(function(labels.expand(value.shape))) for labels in value.labels)
+        self.pin_single(moved)
         return self.tidy(Value(tuple(shape), moved, value.origin, value.looked_up))
+
+    def pin_single(self, moved: Sequence[torch.Tensor]) -> None:
+        """Pin what a data movement picks alone: an axis of one coordinate carries no labels any more."""
+        for labels in moved:
+            if labels.numel() == 1 and self.node is not None:
+                reason = f"one channel of it is picked by {self.node.target}"
+                self.relations.pin(labels, self.relations.pin_label(reason, self.node.name))
 
     def tidy(self, value: Value) -> Value:
         """Drop label tensors that vary no more, and merge those that came to share an axis."""
