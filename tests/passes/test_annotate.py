@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxslim.passes.annotate import Labels
-
 from traced import components, follows, labelled, numbers, pinned_because
 
 X = numbers(2, 3, 4)
@@ -243,7 +242,7 @@ def test_a_batch_norm_scales_each_channel() -> None:
 
     program, labels = _mlp(body, mean=(6,), var=(6,), weight=(6,), bias=(6,))
     every = ("up", 0), ("down", 1), ("mean", 0), ("var", 0), ("weight", 0), ("bias", 0)
-    assert follows(program, labels, {("up", 0): [3]}) == dict.fromkeys(every, [3])
+    assert follows(program, labels, {("up", 0): [3]}) == {key: [3] for key in every}
 
 
 def test_topk_pins_what_it_selects_from() -> None:
@@ -251,13 +250,17 @@ def test_topk_pins_what_it_selects_from() -> None:
     assert pinned_because(program, labels, "up", 0) == ["selected by value (aten.topk.default)"] * 6
 
 
+def _copied(x: Tensor, weight: Tensor) -> Tensor:
+    return weight.expand(x.shape[0], -1, -1)
+
+
 PRODUCTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "linear": lambda m, x: functional.linear(functional.linear(x, m.up, m.bias), m.down),
     "matmul": lambda m, x: (x @ m.up.T + m.bias) @ m.down.T,
     "addmm": lambda m, x: torch.addmm(m.bias, x.flatten(0, 1), m.up.T) @ m.down.T,
     "einsum": lambda m, x: torch.einsum("bsf,of->bso", torch.einsum("bsi,fi->bsf", x, m.up) + m.bias, m.down),
-    "batched": lambda m, x: torch.bmm(torch.baddbmm(m.bias.expand(x.shape[0], 1, 6), x, m.up.T.expand(x.shape[0], 4, 6)),
-                                      m.down.T.expand(x.shape[0], 6, 5)),
+    "batched": lambda m, x: torch.bmm(torch.baddbmm(_copied(x, m.bias[None]), x, _copied(x, m.up.T)),
+                                      _copied(x, m.down.T)),
     "convolution": lambda m, x: functional.conv1d(functional.conv1d(x.mT, m.up[..., None], m.bias), m.down[..., None]),
 }  # fmt: skip
 
@@ -284,6 +287,9 @@ def test_a_depthwise_convolution_is_pointwise_in_its_channels() -> None:
 def test_a_grouped_convolution_is_refused() -> None:
     program, labels = _mlp(lambda m, h: functional.conv1d(h.mT, m.kernel, groups=2).mT, kernel=(6, 3, 1))
     assert pinned_because(program, labels, "up", 0) == ["no rule for a convolution in 2 groups"] * 6
+
+
+HEAD = ("q", 0), ("k", 0), ("v", 0), ("o", 1)
 
 
 def _heads(x: Tensor, weight: Tensor, heads: int) -> Tensor:
@@ -315,7 +321,7 @@ def test_attention_gives_value_channels_and_heads(case: str) -> None:
     """A value channel may go alone; with its last one the head's queries and keys go, all of them."""
     program, labels = labelled(ATTENTION[case], X, q=(6, 4), k=(6, 4), v=(6, 4), o=(5, 6))
     assert follows(program, labels, {("o", 1): [2]}) == {("v", 0): [2], ("o", 1): [2]}
-    head = {(name, dim): [2, 3] for name, dim in (("q", 0), ("k", 0), ("v", 0), ("o", 1))}
+    head = {key: [2, 3] for key in HEAD}
     assert follows(program, labels, {("o", 1): [2, 3]}) == head
     assert follows(program, labels, {("q", 0): [2]}) == {("q", 0): [2, 3], ("k", 0): [2, 3]}
     scored = components(program, labels, "q", 0)
@@ -374,7 +380,7 @@ def test_rotary_tables_tie_the_channels_of_a_head() -> None:
 
     program, labels = labelled(function, X, q=(6, 4), k=(6, 4), v=(6, 4), o=(5, 6))
     gone = follows(program, labels, {("o", 1): [0, 1]})
-    assert gone == dict.fromkeys((("q", 0), ("k", 0), ("v", 0), ("o", 1)), [0, 1])
+    assert gone == {key: [0, 1] for key in HEAD}
 
 
 def test_embedding_rows_stay_and_columns_pass() -> None:
@@ -455,7 +461,7 @@ def test_created_axes_get_labels_of_their_own() -> None:
 
     program, labels = labelled(function, X, q=(6, 4), k=(6, 4), v=(6, 4), o=(5, 6))
     gone = follows(program, labels, {("o", 1): [2, 3]})
-    assert gone == dict.fromkeys((("q", 0), ("k", 0), ("v", 0), ("o", 1)), [2, 3])
+    assert gone == {key: [2, 3] for key in HEAD}
 
 
 def test_outputs_stay() -> None:
