@@ -365,7 +365,7 @@ def _size(size: int | torch.SymInt) -> int:
 # --- Running models -------------------------------------------------------------------------------------------------
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(TorchDispatchMode):
     """Collect the ops that the FLOP counter runs without counting, and that multiply matrices."""
 
     def __init__(self, counted: Mapping[Any, Any]) -> None:

@@ -181,7 +181,8 @@ def fresh(program: Program, *, seed: int, batch: int | None = None, length: int 
         value = nodes[name].meta["val"]
         shape = [_resize(size, axis, batch, length) for axis, size in enumerate(value.shape)]
         made.append(_like(leaf, shape, generator))
-    return pytree.tree_unflatten(made, spec)
+    inputs: dict[str, Any] = pytree.tree_unflatten(made, spec)
+    return inputs
 
 
 def _resize(size: Any, axis: int, batch: int | None, length: int | None) -> int:

@@ -1,8 +1,9 @@
 """Labels: integers on coordinates, and the two relations between them.
 
-Every coordinate that could be removed carries a label. A value of the graph carries a tuple of label tensors; an element
-of the value goes as soon as one of its labels goes. ``tie(a, b)`` says that a and b go together; ``parent(p, c)`` says
-that c may go alone and that p goes exactly when all its children go; ``pin`` says that a label stays, and why.
+Every coordinate that could be removed carries a label. A value of the graph carries a tuple of label tensors; an
+element of the value goes as soon as one of its labels goes. ``tie(a, b)`` says that a and b go together;
+``parent(p, c)`` says that c may go alone and that p goes exactly when all its children go; ``pin`` says that a label
+stays, and why.
 
 Label 0 stands for "constant": computed from parameters, masks and positions alone, and therefore free to be gathered.
 """

@@ -37,7 +37,7 @@ def overlay(config: Any, fields: dict[str, Any]) -> Any:
         fields = {**object.__getattribute__(config, "_fxslim_fields"), **fields}
         config = object.__getattribute__(config, "_fxslim_config")
     kind = type(f"{type(config).__name__}Overlay", (_Overlay, type(config)), {})
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     object.__setattr__(made, "_fxslim_config", config)
     object.__setattr__(made, "_fxslim_fields", dict(fields))
     return made

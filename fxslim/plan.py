@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fxslim.errors import PlanError
 
-SCHEMA = 1
 MAX_UNITS = 1 << 22
 
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
@@ -81,22 +80,28 @@ class Slice(Frozen):
 
 
 def blocks_of(owner: np.ndarray) -> tuple[Block, ...]:
-    """Compress the owner of every row (-1: stays) into blocks."""
-    runs: list[tuple[int, int, int]] = []
+    """Compress the owner of every row (-1: stays) into blocks.  (size,) -> blocks"""
     edges = np.flatnonzero(np.diff(owner)) + 1
-    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(owner)], strict=True):
-        if end > start and owner[start] >= 0:
-            runs.append((int(owner[start]), start, end - start))
-    blocks: list[list[int]] = []  # first, count, start, step, width
-    for who, start, width in runs:
-        if blocks:
-            first, count, begin, step, wide = blocks[-1]
-            gap = start - (begin + (count - 1) * step)
-            if who == first + count and width == wide and (count == 1 or gap == step):
-                blocks[-1] = [first, count + 1, begin, gap, wide]
-                continue
-        blocks.append([who, 1, start, 0, width])
-    return tuple(Block(first=f, count=c, start=b, step=s, width=w) for f, c, b, s, w in blocks)
+    starts = np.concatenate([[0], edges])
+    widths = np.diff(np.concatenate([starts, [len(owner)]]))
+    owned = owner[starts] >= 0
+    starts, widths, who = starts[owned], widths[owned], owner[starts[owned]]
+    if not len(who):
+        return ()
+    steps = np.diff(starts)
+    follows = (np.diff(who) == 1) & (np.diff(widths) == 0)
+    blocks: list[Block] = []
+    first = 0
+    while first < len(who):
+        last = first
+        if first < len(follows) and follows[first]:
+            same = follows[first:] & (steps[first:] == steps[first])
+            last = first + (int(np.argmin(same)) if not same.all() else len(same))
+        count, step = last - first + 1, int(steps[first]) if last > first else 0
+        blocks.append(Block(first=int(who[first]), count=count, start=int(starts[first]), step=step,
+                            width=int(widths[first])))  # fmt: skip
+        first = last + 1
+    return tuple(blocks)
 
 
 Kind = Literal["ffn", "gated_ffn", "attention", "generic"]
@@ -232,7 +237,7 @@ class Plan(Frozen):
         weights_changed: whether repaired weights are part of the result; always False without repair.
     """
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     fxslim: str
     torch: str
     transformers: str | None = None

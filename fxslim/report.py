@@ -114,7 +114,7 @@ class Report:
     Attributes:
         parameters_before: distinct parameters of the dense model.
         parameters_after: of the narrowed one.
-        macs_before: multiply–accumulates of one forward on the traced example, dense.
+        macs_before: multiply-accumulates of one forward on the traced example, dense.
         macs_after: narrowed.
         plan: what was taken out.
         verification: masked against narrowed, on fresh inputs.

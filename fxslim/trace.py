@@ -215,15 +215,15 @@ def _drop_mutations(graph: fx.Graph, exported: torch.export.ExportedProgram) -> 
 
 def _inline_regions(graph: fx.Graph) -> None:
     """Inline the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions."""
-    owner = graph.owning_module
+    owner: Any = graph.owning_module
     for node in list(graph.nodes):
         if node.op != "call_function" or str(node.target) not in REGION_OPS:
             continue
         position = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-        body_node = node.args[position]
+        body_node: Any = node.args[position]
         if str(node.target) == "wrap_with_autocast" and node.args[2]:  # (device, dtype, enabled, cache, body, ...)
             raise TraceError("the model runs a region under autocast; trace it with autocast off.")
-        body = owner.get_submodule(body_node.target)
+        body: Any = owner.get_submodule(body_node.target)
         copies: dict[fx.Node, Any] = {}
         inner = iter(node.args[position + 1 :])
         for sub in body.graph.nodes:
@@ -232,7 +232,7 @@ def _inline_regions(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             results = graph.graph_copy(body.graph, copies)
         for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
         graph.erase_node(node)
         if not body_node.users:

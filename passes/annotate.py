@@ -13,7 +13,7 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Components, Pin, Value, solve
 from fxslim.passes.rules import contraction, indexing, movement, pointwise, reduction  # noqa: F401 - fill RULES
-from fxslim.passes.rules.walk import RULES, Use, Walk
+from fxslim.passes.rules.walk import RULES, Use, Walk, concrete
 from fxslim.program import Program, hint
 
 SHAPE_ONLY = ("aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.sym_is_contiguous")
@@ -135,7 +135,7 @@ def _apply(walk: Walk, node: fx.Node) -> Any:
     name = operation(node)
     if node.target is operator.getitem:
         source = walk.values.get(node.args[0])  # type: ignore[arg-type]
-        return source[node.args[1]] if isinstance(source, tuple) else None
+        return source[int(concrete(node.args[1]))] if isinstance(source, tuple) else None
     if name in ASSERTIONS or name.startswith(SHAPE_ONLY):
         return None
     if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):

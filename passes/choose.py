@@ -115,7 +115,9 @@ def select(sites: Sequence[Site], request: Request) -> tuple[list[Site], list[No
             continue
         if site.task_head and not included:
             if not request.lossless:
-                notes.append(Note(where=site.name, reason="a task head behind the last block: left alone unless included"))
+                notes.append(
+                    Note(where=site.name, reason="a task head behind the last block: left alone unless included")
+                )
             continue
         chosen.append(site)
     return chosen, notes
@@ -131,7 +133,7 @@ def _matches(site: Site, glob: str) -> bool:
 
 
 def _measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return which units are zero at every consumer, each unit's L2 norm over all its slices, and whether both are real."""
+    """Return which units are zero at every consumer, each unit's L2 norm, and whether weights are there at all."""
     zero = np.ones(site.units, dtype=bool)
     total = np.zeros(site.units)
     for piece in site.slices:

@@ -223,7 +223,7 @@ def _reader(config: Any, note: Any) -> Any:
     from fxslim.overlay import _OWN, overlay
 
     view = overlay(config, {})
-    kind = type(view)
+    kind: Any = type(view)
 
     def read(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)

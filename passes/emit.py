@@ -197,7 +197,7 @@ def _register(root: nn.Module, name: str, tensor: torch.Tensor, program: Program
     if isinstance(original, nn.Parameter) or isinstance(tensor, nn.Parameter):
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=bool(original is not None and original.requires_grad))
-        owner._parameters[leaf] = tensor  # type: ignore[assignment]
+        owner._parameters[leaf] = tensor
         owner._buffers.pop(leaf, None)
     else:
         owner._parameters.pop(leaf, None)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 from torch import fx
 
 from fxslim.errors import NarrowError
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels
-from fxslim.passes.cut import Cut, closed
+from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
 from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
@@ -132,6 +133,11 @@ class _Search:
         keep = csr_matrix((~parent).astype(np.int64)[None, :].repeat(1, axis=0))
         return total.multiply(keep).tocsr()
 
+    @cached_property
+    def reached(self) -> csc_matrix:
+        """The same, to be read by leaf."""
+        return self.reach.tocsc()
+
     def _families(self) -> Iterator[np.ndarray]:
         """Yield leaves that own the same number of rows in the same tensors, in the order of their consumer."""
         counts = self.counts
@@ -161,7 +167,7 @@ class _Search:
     def _above(self, leaves: np.ndarray) -> dict[int, np.ndarray]:
         """Return the components above a family that stand for a proper part of it: component -> leaf positions."""
         place = {int(leaf): i for i, leaf in enumerate(leaves)}
-        column = self.reach.tocsc()[:, leaves]
+        column = self.reached[:, leaves]
         above: dict[int, np.ndarray] = {}
         for component in np.unique(column.indices):
             below = self.reach[int(component)].indices
@@ -226,40 +232,46 @@ class _Search:
 
     def _slices(self, leaves: np.ndarray, above: dict[int, np.ndarray], unit_of: np.ndarray) -> tuple[Slice, ...]:
         """Return every tensor dimension that follows the units."""
-        owner_of: dict[int, tuple[int, ...]] = {int(leaf): (int(unit_of[i]),) for i, leaf in enumerate(leaves)}
+        single = np.full(len(self.components.pinned), -1)
+        single[leaves] = unit_of
+        shared: dict[int, tuple[int, ...]] = {}
         for component, below in above.items():
-            owner_of[component] = tuple(np.unique(unit_of[below]).tolist())
-        units = int(unit_of.max()) + 1
-        involved = np.zeros(len(self.components.pinned), dtype=bool)
-        involved[list(owner_of)] = True
+            owners = tuple(np.unique(unit_of[below]).tolist())
+            if len(owners) == 1:
+                single[component] = owners[0]
+            elif len(owners) <= int(unit_of.max()):
+                shared[component] = owners
+        involved = single >= 0
+        involved[list(shared)] = True
         slices: list[Slice] = []
         for key, rows in self.rows.items():
-            if not involved[rows].any():
-                continue
-            owners = [owner_of.get(int(component), ()) if involved[component] else () for component in rows]
-            slices.extend(self._slice(key, owners, units))
+            if involved[rows].any():
+                slices.extend(self._slice(key, single[rows], rows, shared, int(unit_of.max()) + 1))
         return tuple(slices)
 
-    def _slice(self, key: tuple[str, int], owners: Sequence[tuple[int, ...]], units: int) -> Iterator[Slice]:
+    def _slice(
+        self, key: tuple[str, int], single: np.ndarray, rows: np.ndarray, shared: dict[int, tuple[int, ...]], units: int
+    ) -> Iterator[Slice]:
+        """Yield the slice whose rows belong to one unit each, and the one whose rows belong to several."""
         tensor, dim = key
-        role = "in" if key in self.incoming else "out"
+        role: Literal["in", "out"] = "in" if key in self.incoming else "out"
         hook = self._hook(key) if role == "in" else None
-        single = np.array([owner[0] if len(owner) == 1 else -1 for owner in owners])
         if (single >= 0).any():
-            yield Slice(tensor=tensor, dim=dim, size=len(owners), role=role, blocks=blocks_of(single), hook=hook)
-        shared = sorted({owner for owner in owners if 1 < len(owner) < units})
-        if shared:
-            groups = np.full(units, -1)
-            for number, owner in enumerate(shared):
-                if (groups[list(owner)] >= 0).any():
-                    return  # overlapping owners: these rows stay
-                groups[list(owner)] = number
-            if (groups < 0).any():
-                return
-            numbers = {owner: number for number, owner in enumerate(shared)}
-            several = np.array([numbers.get(owner, -1) for owner in owners])
-            yield Slice(tensor=tensor, dim=dim, size=len(owners), role=role, blocks=blocks_of(several),
-                        groups=tuple(int(g) for g in groups), hook=hook)  # fmt: skip
+            yield Slice(tensor=tensor, dim=dim, size=len(rows), role=role, blocks=blocks_of(single), hook=hook)
+        several = {int(c): shared[int(c)] for c in np.unique(rows) if int(c) in shared}
+        if not several:
+            return
+        groups = np.full(units, -1)
+        numbers: dict[tuple[int, ...], int] = {}
+        for owners in sorted(set(several.values())):
+            if (groups[list(owners)] >= 0).any():
+                return  # overlapping owners: these rows stay
+            groups[list(owners)] = numbers[owners] = len(numbers)
+        if (groups < 0).any():
+            return
+        owner = np.array([numbers[several[c]] if c in several else -1 for c in rows.tolist()])
+        yield Slice(tensor=tensor, dim=dim, size=len(rows), role=role, blocks=blocks_of(owner),
+                    groups=tuple(int(g) for g in groups), hook=hook)  # fmt: skip
 
     def _hook(self, key: tuple[str, int]) -> str | None:
         """Return the module whose input the dimension is, where every use of the tensor is that module's own call."""
@@ -295,7 +307,7 @@ class _Search:
         """Return the nodes whose values carry labels of a family or of what is above it."""
         mine = np.zeros(len(self.components.pinned), dtype=bool)
         mine[leaves] = True
-        mine[np.unique(self.reach.tocsc()[:, leaves].indices)] = True
+        mine[np.unique(self.reached[:, leaves].indices)] = True
         return [node for node, present in self.present if mine[present].any()]
 
     @cached_property
@@ -325,7 +337,9 @@ class _Search:
             elif len(distinct) == 1:
                 reason = f"all its channels go together{self._tied_by(int(distinct[0]))}"
             else:
-                reason = next((refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels")
+                reason = next(
+                    (refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels"
+                )
             yield Refusal(key[0], len(rows), reason)
 
 
@@ -343,9 +357,7 @@ def _refines(fine: np.ndarray, coarse: np.ndarray) -> bool:
     return all(len(np.unique(coarse[fine == unit])) == 1 for unit in range(int(fine.max()) + 1))
 
 
-def _draw(
-    rng: np.random.Generator, units: int, groups: list[np.ndarray] | None, fraction: float
-) -> np.ndarray | None:
+def _draw(rng: np.random.Generator, units: int, groups: list[np.ndarray] | None, fraction: float) -> np.ndarray | None:
     """Draw units to remove, the same number in every group."""
     gone = np.zeros(units, dtype=bool)
     members = [np.arange(units)] if groups is None else groups

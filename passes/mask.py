@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fxslim.errors import PlanError
-from fxslim.plan import Plan
 from fxslim.passes.narrow import _check, _tensors
+from fxslim.plan import Plan
 
 
 @contextmanager

@@ -149,6 +149,6 @@ def apply_edit(module: nn.Module, edit: AttributeEdit | ConfigEdit) -> None:
     """Apply one edit in place."""
     owner = module.get_submodule(edit.module)
     if isinstance(edit, AttributeEdit):
-        setattr(owner, edit.name, edit.new)  # type: ignore[arg-type]
+        setattr(owner, edit.name, edit.new)
     else:
         owner.config = overlay(owner.config, {edit.name: edit.new})

@@ -105,7 +105,7 @@ def _attention(model: nn.Module, implementation: str | None) -> Iterator[None]:
         yield
         return
     switch: Callable[[str], None] = model.set_attn_implementation  # type: ignore[assignment]
-    before = model.config._attn_implementation  # type: ignore[union-attr]
+    before: Any = model.config._attn_implementation  # type: ignore[union-attr]
     switch(implementation)
     try:
         yield

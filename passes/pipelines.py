@@ -403,4 +403,3 @@ def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...]) -> 
     if given_plan:
         return Pipeline((*INSPECT, *CHECK_PLAN, *last), given=(Subject, Plan))
     return Pipeline((*INSPECT, Choose(request), Take(), *last), given=(Subject,))
-

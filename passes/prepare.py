@@ -18,7 +18,7 @@ VOLATILE = ("transformers_version", "_name_or_path", "fxslim", "torch_dtype", "d
 
 
 def permanent(model: nn.Module) -> nn.Module:
-    """Return the model itself, or, where masks or parametrizations compute its weights, a copy that holds the results."""
+    """Return the model, or a copy that holds the results where masks or parametrizations compute its weights."""
     if not _computed(model):
         return model
     memo: dict[int, Any] = {}
@@ -59,7 +59,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         original = first.setdefault(id(tensor), name)
         rows.append([name, list(tensor.shape), "" if original == name else original])
     config = getattr(model, "config", None)
-    fields = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
+    to_dict = getattr(config, "to_dict", None)
+    fields = to_dict() if callable(to_dict) else {}
     text = json.dumps([type(model).__name__, rows, _whole_numbers(fields)], sort_keys=True)
     return Fingerprint(model_class=type(model).__name__, digest=hashlib.sha256(text.encode()).hexdigest())
 

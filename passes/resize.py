@@ -88,7 +88,8 @@ def _sizes(node: fx.Node, cut: Cut, given: Any) -> list[Any]:
 
 def _listed(node: fx.Node, position: int) -> tuple[Any, ...]:
     """Return the sizes of a call, given as one list or spread over arguments."""
-    return tuple(node.args[position]) if isinstance(node.args[position], tuple | list) else tuple(node.args[position:])
+    given = node.args[position]
+    return tuple(given) if isinstance(given, tuple | list) else tuple(node.args[position:])
 
 
 @_for("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.broadcast_to")

@@ -93,7 +93,7 @@ def _ends(families: Sequence[Family], labels: Labels) -> list[list[fx.Node]]:
 
 def _blocks(model: nn.Module) -> list[str]:
     """Return the paths of repeated blocks: members of module lists that hold modules of their own."""
-    paths = []
+    paths: list[str] = []
     for name, module in model.named_modules():
         listed = isinstance(module, nn.ModuleList) or (
             isinstance(module, nn.Sequential)

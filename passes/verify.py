@@ -20,7 +20,7 @@ from fxslim.plan import Plan
 from fxslim.report import Difference, Verification
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""Largest difference allowed, relative to the largest absolute value of the output, by lowest dtype inside the model."""
+"""Largest difference allowed, relative to the output's largest absolute value, by the lowest dtype inside the model."""
 INNER_FLOAT32 = 1e-6
 """The same for a float64 model that computes parts in float32."""
 HALF = 0.05
@@ -37,9 +37,9 @@ class _LowestFloat(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for item in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(item, torch.Tensor) and item.is_floating_point():
-                if torch.finfo(item.dtype).eps > torch.finfo(self.lowest).eps:
-                    self.lowest = item.dtype
+            floating = isinstance(item, torch.Tensor) and item.is_floating_point()
+            if floating and torch.finfo(item.dtype).eps > torch.finfo(self.lowest).eps:
+                self.lowest = item.dtype
         return result
 
 
@@ -125,9 +125,10 @@ def _wide(model: nn.Module) -> nn.Module | None:
 
 def _widen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Let a float32 model take half-precision inputs."""
-    return pytree.tree_map(
+    widened: tuple[Any, dict[str, Any]] = pytree.tree_map(
         lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
     )
+    return widened
 
 
 def _same_shapes(reference: list[torch.Tensor], found: list[torch.Tensor], path: Path) -> None:

@@ -70,7 +70,7 @@ def _arguments(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """Return the two nodes that a product multiplies, in the order of its operands."""
     name = str(node.target)
     if "einsum" in name:
-        first, second = node.args[1]  # type: ignore[misc]
+        first, second = list(node.args[1])  # type: ignore[arg-type]
     elif "addmm" in name or "baddbmm" in name or "addmv" in name:
         first, second = node.args[1:3]
     else:
@@ -125,7 +125,11 @@ def _matmul(walk: Walk, node: fx.Node, first: Value, second: Value) -> Value:
     columns = "n" if len(second.shape) > 1 else ""
     left, right = len(first.shape) - 1 - len(rows), len(second.shape) - 1 - len(columns)
     batch = "abcdefgh"[: max(left, right)]
-    names = (batch[len(batch) - left :] + rows + "k", batch[len(batch) - right :] + "k" + columns, batch + rows + columns)
+    names = (
+        batch[len(batch) - left :] + rows + "k",
+        batch[len(batch) - right :] + "k" + columns,
+        batch + rows + columns,
+    )
     return contract(walk, node, first, second, names)
 
 
@@ -210,8 +214,8 @@ def convolution(walk: Walk, node: fx.Node) -> Any:
         walk.relations.pin(labels, walk.relations.pin_label("kernel of a convolution", node.name))
     flat = tuple(labels.reshape(labels.shape[:2]) for labels in kernel if axes_of(labels) <= {0, 1})
     matrix = Value(weight.shape[:2], flat, weight.origin, weight.looked_up)
-    own = tuple(labels.reshape(labels.shape[:2]) for labels in x.labels)
-    channels = Value(x.shape[:2], own, x.origin, x.looked_up)
+    inner = tuple(labels.reshape(labels.shape[:2]) for labels in x.labels)
+    channels = Value(x.shape[:2], inner, x.origin, x.looked_up)
     if groups == 1:
         product = contract(walk, node, channels, matrix, ("bi", "oi", "bo"))
     elif groups == x.shape[1] == weight.shape[0]:
@@ -222,5 +226,5 @@ def convolution(walk: Walk, node: fx.Node) -> Any:
     bias = parameter(node, "bias", 2)
     if bias is not None:
         product = walk.join([product, walk.value(bias)], product.shape)
-    labels = tuple(own.reshape(tuple(own.shape) + (1,) * space) for own in product.labels)
-    return Value(out_shape, labels, product.origin, product.looked_up)
+    spread = tuple(own.reshape(tuple(own.shape) + (1,) * space) for own in product.labels)
+    return Value(out_shape, spread, product.origin, product.looked_up)

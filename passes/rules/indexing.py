@@ -72,7 +72,7 @@ def index(walk: Walk, node: fx.Node) -> Any:
 
 
 def _indexed(labels: torch.Tensor, indexed: list[int], rank: int) -> torch.Tensor:
-    """Lay labels out after advanced indexing: indexed axes next to each other are replaced in place, others in front."""
+    """Lay labels out after advanced indexing: axes next to each other are replaced in place, others in front."""
     together = indexed == list(range(indexed[0], indexed[-1] + 1))
     kept = [size for axis, size in enumerate(labels.shape) if axis not in indexed]
     created = (1,) * (rank - len(kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,12 +24,18 @@ SPLITS = (
 )  # fmt: skip
 
 
+def _call(node: fx.Node) -> Callable[..., Any]:
+    """Return a node's operation, to be run on labels."""
+    assert callable(node.target)
+    return node.target
+
+
 @rule(*MOVES)
 def move(walk: Walk, node: fx.Node) -> Value:
     """Move labels like the values."""
     arguments = tuple(concrete(argument) for argument in node.args[1:])
     keywords = {name: concrete(argument) for name, argument in node.kwargs.items()}
-    return walk.move(walk.value(node.args[0]), lambda t: node.target(t, *arguments, **keywords), sizes(node))
+    return walk.move(walk.value(node.args[0]), lambda t: _call(node)(t, *arguments, **keywords), sizes(node))
 
 
 @rule(*SPLITS)
@@ -38,8 +45,8 @@ def split(walk: Walk, node: fx.Node) -> tuple[Value, ...]:
     keywords = {name: concrete(argument) for name, argument in node.kwargs.items()}
     value = walk.value(node.args[0])
     shape = value.shape
-    parts = [node.target(labels.expand(shape), *arguments, **keywords) for labels in value.labels]
-    shapes = [tuple(part.shape) for part in node.target(torch.empty(shape, device="meta"), *arguments, **keywords)]
+    parts = [_call(node)(labels.expand(shape), *arguments, **keywords) for labels in value.labels]
+    shapes = [tuple(part.shape) for part in _call(node)(torch.empty(shape, device="meta"), *arguments, **keywords)]
     pieces = []
     for i, own in enumerate(shapes):
         moved = tuple(compact(part[i]) for part in parts)
@@ -200,9 +207,7 @@ def pad(walk: Walk, node: fx.Node) -> Any:
     moved = tuple(
         compact(torch.nn.functional.pad(labels.expand(value.shape), widths, value=CONSTANT)) for labels in value.labels
     )
-    kept = tuple(
-        own if axes_of(own) & padded else labels for own, labels in zip(moved, value.labels, strict=True)
-    )
+    kept = tuple(own if axes_of(own) & padded else labels for own, labels in zip(moved, value.labels, strict=True))
     return Value(shape, kept, value.origin, value.looked_up)
 
 

@@ -116,4 +116,3 @@ def one_hot(walk: Walk, node: fx.Node) -> Value:
     """Add an unlabelled axis."""
     value = walk.value(node.args[0])
     return walk.move(value, lambda t: t.unsqueeze(-1).expand(sizes(node)), sizes(node))
-
