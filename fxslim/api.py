@@ -156,7 +156,7 @@ def slim(
         small = replay(model, record.plan)
     config = getattr(small, "config", None)
     if config is not None and hasattr(config, "to_dict"):
-        config.fxslim = record.plan.model_dump(mode="json", exclude_defaults=True)
+        config.fxslim = record.plan.model_dump(mode="json", exclude_none=True)
     small.fxslim = record  # type: ignore[assignment]
     return small
 

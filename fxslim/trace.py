@@ -148,6 +148,7 @@ def _program(
     filled: frozenset[str],
 ) -> Program:
     graph = copy.deepcopy(exported.graph_module).graph
+    renamed = _renamed(exported.graph, graph)
     _inline_regions(graph)
     tensors, aliases = _named_tensors(model)
     tensor_of: dict[str, str] = {}
@@ -156,14 +157,14 @@ def _program(
     for spec in exported.graph_signature.input_specs:
         kind = spec.kind.name
         if kind == "USER_INPUT":
-            inputs.append(spec.arg.name)
+            inputs.append(renamed[spec.arg.name])
         elif kind in ("PARAMETER", "BUFFER"):
             assert spec.target is not None
-            tensor_of[spec.arg.name] = aliases.get(spec.target, spec.target)
+            tensor_of[renamed[spec.arg.name]] = aliases.get(spec.target, spec.target)
         elif kind == "CONSTANT_TENSOR":
             assert spec.target is not None
             name = aliases.get(spec.target, spec.target)
-            tensor_of[spec.arg.name] = name
+            tensor_of[renamed[spec.arg.name]] = name
             if name not in tensors:
                 tensors[name] = exported.constants[spec.target]
                 constants.add(name)
@@ -184,6 +185,14 @@ def _program(
     )
     notes = _fixed_sizes(graph, tuple(inputs))
     return Program(graph, tensor_of, tensors, aliases, tuple(inputs), call, notes, frozenset(constants))
+
+
+def _renamed(before: fx.Graph, after: fx.Graph) -> dict[str, str]:
+    """Return placeholder -> its name in a copy of the graph, which avoids Python's own names such as ``input``."""
+    return {
+        old.name: new.name
+        for old, new in zip(before.find_nodes(op="placeholder"), after.find_nodes(op="placeholder"), strict=True)
+    }
 
 
 def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

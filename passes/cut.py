@@ -63,6 +63,16 @@ class Cut:
         rows = rows[rows.any(dim=1)]
         return torch.nonzero(along).reshape(-1) if bool((rows == along).all()) else None
 
+    def before(self, value: Value, axis: int, place: int) -> int | None:
+        """Return how many coordinates stay before a place along an axis, or None where it differs over other axes."""
+        axis %= len(value.shape)
+        labels = value.along(axis)
+        if labels is None:
+            return place
+        rows = self.kept(labels).movedim(axis, -1).reshape(-1, value.shape[axis])
+        counts = rows[rows.any(dim=1), :place].sum(dim=1).unique()
+        return int(counts) if counts.numel() == 1 else None
+
     def compress(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
         """Take what stays of a tensor that has the value's shape (size-1 axes are left alone)."""
         for labels in value.labels:

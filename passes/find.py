@@ -193,7 +193,7 @@ class _Search:
             if not any(piece.role == "in" for piece in slices):
                 continue
             if not any((piece.tensor, piece.dim) in self.outgoing for piece in slices):
-                return ""  # the channels of an input or of a table: nothing produces them
+                return reason  # the channels of an input or of a table: nothing produces them
             coarser = [p for p in partitions if _refines(level, p) and 1 <= int(p.max()) < int(level.max())]
             if scored is not None and level is not scored and not np.array_equal(level, whole):
                 continue
@@ -214,10 +214,10 @@ class _Search:
 
     def _partitions(self, above: dict[int, np.ndarray], count: int) -> list[np.ndarray]:
         """Return the ways in which components above split a family into disjoint parts that cover it."""
-        by_signature: dict[bytes, dict[bytes, np.ndarray]] = {}
+        by_signature: dict[tuple[bytes, int], dict[bytes, np.ndarray]] = {}
         for component, below in above.items():
-            signature = self.counts[component].toarray().tobytes()
-            by_signature.setdefault(signature, {})[below.tobytes()] = below
+            signature = self.counts[component].toarray().tobytes()  # keys and values of a fused weight share it
+            by_signature.setdefault((signature, len(below)), {})[below.tobytes()] = below
         found: dict[bytes, np.ndarray] = {}
         for parts in by_signature.values():
             partition = _partition(list(parts.values()), count)

@@ -176,12 +176,11 @@ def _slice(node: fx.Node, cut: Cut) -> Call:
     chosen = range(size)[slice(start, end, step)]
     if len(chosen) == size:
         return same
-    positions = cut.positions(source, axis)
-    if positions is None:
-        raise NarrowError("a slice cuts through an axis on which different coordinates stay")
-    places = [place for place, old in enumerate(positions.tolist()) if old in chosen]
-    if places == list(range(places[0], places[-1] + 1)) if places else False:
-        return Call(aten.slice.Tensor, (node.args[0], axis, places[0], places[-1] + 1), {})
+    if step == 1:
+        first, last = (cut.before(source, axis, place) for place in (chosen.start, chosen.stop))
+        if first is None or last is None:
+            raise NarrowError("a slice cuts through an axis on which different coordinates stay")
+        return Call(aten.slice.Tensor, (node.args[0], axis, first, last), {})
     raise NarrowError("a strided slice of a narrowed axis")
 
 
@@ -191,11 +190,11 @@ def _select(node: fx.Node, cut: Cut) -> Call:
     axis = int(concrete(node.args[1])) % len(source.shape)
     if cut.shape(source)[axis] == source.shape[axis]:
         return Call(node.target, node.args, dict(node.kwargs))
-    positions = cut.positions(source, axis)
     index = int(concrete(node.args[2])) % source.shape[axis]
-    if positions is None or index not in positions.tolist():
+    first, last = cut.before(source, axis, index), cut.before(source, axis, index + 1)
+    if first is None or last != first + 1:
         raise NarrowError("a single coordinate of a narrowed axis is selected")
-    return Call(node.target, (node.args[0], axis, positions.tolist().index(index)), {})
+    return Call(node.target, (node.args[0], axis, first), {})
 
 
 @_for("aten.roll", "aten.unfold", "aten.unbind", "aten.diagonal", "aten.pixel_shuffle", "aten.pixel_unshuffle",
