@@ -19,7 +19,7 @@ from benchmarks.environment import Environment, write_result
 
 def bert_base() -> dict[str, Any]:
     """Narrow BERT-base (random weights): half of the FFN, half of the heads, verified."""
-    import torch._dynamo  # noqa: F401 - imports do not count
+    import torch._dynamo
     import torch.export  # noqa: F401
     from transformers import BertConfig, BertModel
 
@@ -34,7 +34,7 @@ def llama_7b_meta() -> dict[str, Any]:
     """Trace, label and plan a Llama-2-7B shape without weights."""
     import torch
     import torch._dynamo
-    import torch.export  # noqa: F401 - imports do not count
+    import torch.export
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import fxslim
