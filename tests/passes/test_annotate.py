@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxslim.passes.annotate import Labels
+
 from traced import components, follows, labelled, numbers, pinned_because
 
 X = numbers(2, 3, 4)

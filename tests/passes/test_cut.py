@@ -14,6 +14,7 @@ from fxslim.errors import NarrowError
 from fxslim.labels import Components, Value
 from fxslim.passes.annotate import Labels
 from fxslim.passes.cut import Cut, closed
+
 from traced import cut_rows, gone_rows, labelled, numbers
 
 
@@ -87,6 +88,14 @@ def test_a_group_that_goes_whole_leaves_the_others_uniform() -> None:
     assert cut.shape(value) == (2, 2, 1)
     tensor = numbers(2, 3, 2)
     assert torch.equal(cut.compress(value, tensor), torch.stack([tensor[:, 1, [1]], tensor[:, 2, [0]]], dim=1))
+
+
+def test_counting_what_stays_before_a_place() -> None:
+    value, cut = _grid(2, 3), _cut(6, {0, 4})
+    assert [cut.before(value, -1, place) for place in range(4)] == [0, None, 1, 2]
+    assert [cut.before(value, 0, place) for place in range(3)] == [0, 1, 2]
+    whole = _cut(6, {0, 1, 2, 4})  # the first row is gone and has no say
+    assert [whole.before(value, -1, place) for place in range(4)] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("gone", [{0}, {0, 1, 4}, {0, 3, 4, 8}, {1, 3, 4, 6}])

@@ -16,6 +16,7 @@ from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.resize import check, resized
 from fxslim.program import Program
+
 from traced import cut_rows, labelled, numbers
 
 X = numbers(2, 3, 4)
@@ -163,14 +164,31 @@ def test_what_cannot_be_rewritten_is_refused(case: str) -> None:
         check(_node(program, name), cut)
 
 
-def test_a_slice_through_an_axis_with_different_coordinates_per_group_is_refused() -> None:
-    """Two groups of four; the first loses channel 0, the second channel 1: each half is a box, no slice finds it."""
+def _grouped(m: Any, h: Tensor) -> Tensor:
+    """Two groups of four channels, in each of which the halves change places."""
+    grouped = h.unflatten(-1, (2, 4))
+    return torch.cat([grouped[..., 2:], grouped[..., :2]], -1).flatten(-2)
 
-    def body(m: Any, h: Tensor) -> Tensor:
-        grouped = h.unflatten(-1, (2, 4))
-        return torch.cat([grouped[..., 2:], grouped[..., :2]], -1).flatten(-2)
 
-    program, _, cut = _case(body, [0, 5], 8, 8)
+def test_groups_may_lose_different_coordinates_between_the_same_slices() -> None:
+    """As query heads do that lie in front of their group's key and value."""
+    program, _, cut = _case(_grouped, [0, 5], 8, 8)
+    found, wanted = _run(program, cut, "aten.slice")
+    assert torch.equal(found, wanted)
+    assert wanted.shape[-1] == 2
+    for node in program.graph.nodes:
+        check(node, cut)
+
+
+def test_what_is_selected_may_come_after_different_coordinates_in_every_group() -> None:
+    program, _, cut = _case(lambda m, h: h.unflatten(-1, (2, 4)).select(-1, 3), [0, 5], 2, 8)
+    found, wanted = _run(program, cut, "aten.select")
+    assert torch.equal(found, wanted)
+
+
+def test_a_slice_that_different_coordinates_come_before_is_refused() -> None:
+    """Channel 1 stays in both groups, but only in the first does another one stay before it."""
+    program, _, cut = _case(lambda m, h: h.unflatten(-1, (2, 4))[..., 1:3].flatten(-2), [2, 3, 4, 6], 4, 8)
     with pytest.raises(NarrowError, match="a slice cuts through an axis on which different coordinates stay"):
         check(_node(program, "aten.slice"), cut)
 
