@@ -22,6 +22,10 @@ class _Overlay:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(object.__getattribute__(self, "_fxslim_config"), name, value)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        config = object.__getattribute__(self, "_fxslim_config")
+        return overlay, (config, object.__getattribute__(self, "_fxslim_fields"))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         config = object.__getattribute__(self, "_fxslim_config")
         return overlay(copy.deepcopy(config, memo), object.__getattribute__(self, "_fxslim_fields"))
@@ -37,7 +41,10 @@ def overlay(config: Any, fields: dict[str, Any]) -> Any:
         fields = {**object.__getattribute__(config, "_fxslim_fields"), **fields}
         config = object.__getattribute__(config, "_fxslim_config")
     kind = type(f"{type(config).__name__}Overlay", (_Overlay, type(config)), {})
-    made: Any = object.__new__(kind)
+    try:
+        made: Any = object.__new__(kind)
+    except TypeError:  # a class of C's, such as SimpleNamespace, makes its instances itself
+        made = object.__new__(type(kind.__name__, (_Overlay,), {}))
     object.__setattr__(made, "_fxslim_config", config)
     object.__setattr__(made, "_fxslim_fields", dict(fields))
     return made

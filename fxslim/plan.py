@@ -81,6 +81,8 @@ class Slice(Frozen):
 
 def blocks_of(owner: np.ndarray) -> tuple[Block, ...]:
     """Compress the owner of every row (-1: stays) into blocks.  (size,) -> blocks"""
+    if not len(owner):
+        return ()
     edges = np.flatnonzero(np.diff(owner)) + 1
     starts = np.concatenate([[0], edges])
     widths = np.diff(np.concatenate([starts, [len(owner)]]))
@@ -261,7 +263,7 @@ class Plan(Frozen):
             return Plan.model_validate(data)
         except (ValidationError, ValueError, RecursionError) as error:
             first = str(error).strip().splitlines()
-            raise PlanError(f"not a valid fxslim plan: {' '.join(first[:3])}") from error
+            raise PlanError(f"not a valid fxslim plan: {' '.join(line.strip() for line in first[:3])}") from error
 
     def __iter__(self) -> Iterator[SitePlan]:  # type: ignore[override]
         return iter(self.sites)
