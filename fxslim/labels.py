@@ -142,16 +142,7 @@ def merge(relations: Relations, axes: frozenset[int], members: Sequence[torch.Te
         return first
     finest = next((labels for labels in members if axes_of(labels) == axes), None)
     if finest is None:
-        full = torch.broadcast_tensors(*members)
-        key = torch.zeros_like(full[0])
-        for labels in full:
-            _, dense = torch.unique(labels, return_inverse=True)
-            key = key * (int(dense.max()) + 1) + dense
-        combinations, finest = torch.unique(key, return_inverse=True)
-        finest = relations.fresh(combinations.numel())[finest]
-        for labels in full:
-            relations.parent(labels, finest)
-        return finest
+        return combine(relations, members)
     for labels in members:
         if labels is finest:
             continue
@@ -159,6 +150,20 @@ def merge(relations: Relations, axes: frozenset[int], members: Sequence[torch.Te
             relations.tie(labels, finest)
         else:
             relations.parent(labels, finest)
+    return finest
+
+
+def combine(relations: Relations, members: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Give each combination of labels a fresh label, with all of them as parents."""
+    full = torch.broadcast_tensors(*members)
+    key = torch.zeros_like(full[0])
+    for labels in full:
+        _, dense = torch.unique(labels, return_inverse=True)
+        key = key * (int(dense.max()) + 1) + dense
+    combinations, number = torch.unique(key, return_inverse=True)
+    finest = relations.fresh(combinations.numel())[number]
+    for labels in full:
+        relations.parent(labels, finest)
     return finest
 
 
@@ -185,11 +190,12 @@ class Components:
         ones = np.ones(len(self.edges), dtype=bool)
         return coo_matrix((ones, (self.edges[:, 0], self.edges[:, 1])), shape=(count, count)).tocsr()
 
-    def removed(self, leaves: np.ndarray) -> np.ndarray:
+    def removed(self, leaves: np.ndarray, may: np.ndarray | None = None) -> np.ndarray:
         """Close a set of removed components under parents: a parent goes exactly when all its children go.
 
         Args:
             leaves: boolean, one per component.
+            may: which parents may go, boolean; what several sites share stays and is gathered. None: all.
 
         Returns:
             Boolean, one per component.
@@ -202,15 +208,25 @@ class Components:
         while True:
             gone = np.asarray(self.children @ removed.astype(np.int64)).reshape(-1)
             update = has_children & (gone == degree) & ~self.pinned
+            if may is not None:
+                update &= may
             if not bool((update & ~removed).any()):
                 return removed
             removed |= update
 
+    def starved(self, removed: np.ndarray) -> np.ndarray:
+        """Return the components that stay although all their children go.  (components,) bool"""
+        if not len(self.edges):
+            return np.zeros(len(self.pinned), dtype=bool)
+        degree = np.asarray(self.children.sum(axis=1)).reshape(-1)
+        gone = np.asarray(self.children @ removed.astype(np.int64)).reshape(-1)
+        starved: np.ndarray = self.pinned & (degree > 0) & (gone == degree)
+        return starved
+
 
 def solve(relations: Relations) -> Components:
     """Compute components of ties, fold cycles of parents, and collect pins."""
-    of = _connected(relations.size, relations.ties)
-    edges = _edges(of, relations.parents)
+    of, edges = _only_children(relations)
     if len(edges):
         count = int(of.max()) + 1
         matrix = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(count, count))
@@ -229,6 +245,22 @@ def solve(relations: Relations) -> Components:
         for component in components.tolist():
             reasons.setdefault(component, relations.pins[label])
     return Components(of, pinned, edges, reasons)
+
+
+def _only_children(relations: Relations) -> tuple[np.ndarray, np.ndarray]:
+    """Compute components and edges; a parent of one child goes exactly when the child goes, so they are one."""
+    ties = list(relations.ties)
+    of = _connected(relations.size, ties)
+    while True:
+        edges = _edges(of, relations.parents)
+        if not len(edges):
+            return of, edges
+        degree = np.bincount(edges[:, 0], minlength=int(of.max()) + 1)
+        single = edges[degree[edges[:, 0]] == 1]
+        if not len(single):
+            return of, edges
+        count = int(of.max()) + 1
+        of = _connected(count, [(torch.from_numpy(single[:, 0]), torch.from_numpy(single[:, 1]))])[of]
 
 
 def _connected(size: int, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:

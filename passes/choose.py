@@ -90,7 +90,12 @@ def choose(sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], request: 
         gone, note = _lossless(site, zero) if request.lossless else _requested(site, zero, scores, request)
         if note:
             notes.append(Note(where=site.name, reason=note))
+        asked = bool(gone.any())
         gone = _rounded(site, gone, zero, scores, request.round_to)
+        if asked and not gone.any():
+            notes.append(
+                Note(where=site.name, reason=f"rounded up to a multiple of {request.round_to}, everything stays")
+            )
         if gone.any():
             keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
             plans.append(SitePlan(site=site, keep=keep))

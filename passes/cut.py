@@ -145,8 +145,12 @@ def _is_box(kept: torch.Tensor) -> bool:
     return int(kept.sum()) == int(np.prod([int(_any_but(kept, axis).sum()) for axis in axes]))
 
 
-def closed(labels: Labels, leaves: Sequence[int] | np.ndarray) -> Cut:
-    """Return the cut that removes these leaf components and every parent that loses all its children."""
+def closed(labels: Labels, leaves: Sequence[int] | np.ndarray, members: np.ndarray | None = None) -> Cut:
+    """Return the cut that removes these leaf components and every parent among ``members`` that loses all children."""
     removed = np.zeros(len(labels.components.pinned), dtype=bool)
     removed[np.asarray(leaves, dtype=np.int64)] = True
-    return Cut(labels, labels.components.removed(removed))
+    may = None
+    if members is not None:
+        may = np.zeros_like(removed)
+        may[members] = True
+    return Cut(labels, labels.components.removed(removed, may))

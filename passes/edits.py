@@ -24,6 +24,8 @@ from fxslim.plan import AttributeEdit, ConfigEdit, Plan, SitePlan
 
 MOST = 3
 """Largest number of integers that are changed together in one module."""
+TRIES = 300
+"""Largest number of sets of integers that are tried on one module."""
 CLOSE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 """A wrong integer shows far above these; the final verification is the exact one."""
 
@@ -259,7 +261,7 @@ class _Trial:
             for chosen in itertools.combinations(self.candidates, count):
                 if len({(e.edit, e.module, e.name) for e in chosen}) == count:
                     order.append(chosen)
-        return next((edits for edits in order if self._passes(edits)), None)
+        return next((edits for edits in order[:TRIES] if self._passes(edits)), None)
 
     def _passes(self, edits: Sequence[AttributeEdit | ConfigEdit]) -> bool:
         if not self.seen.calls:

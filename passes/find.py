@@ -8,17 +8,19 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import fx
 
 from fxslim.errors import NarrowError
 from fxslim.labels import Value
-from fxslim.passes.annotate import Labels
+from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
+from fxslim.passes.rules.movement import MOVES
 from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
-from fxslim.program import Program, module_path
+from fxslim.program import Program, module_path, shape_of
 
 DRAWS = (0.0, 0.5)
 """Fractions (at least one unit) of the random removals that a constraint has to survive before a site is published."""
@@ -30,6 +32,7 @@ class Family:
 
     Attributes:
         leaves: components, ordered by where they lie in the consumer.  (L,)
+        members: the leaves and every component above that stands for a part of them alone.
         unit_of: leaf -> unit.  (L,)
         groups: unit -> group, or None where any units may go.
         slices: what follows the units.
@@ -37,6 +40,7 @@ class Family:
     """
 
     leaves: np.ndarray
+    members: np.ndarray
     unit_of: np.ndarray
     groups: tuple[int, ...] | None
     slices: tuple[Slice, ...]
@@ -183,6 +187,7 @@ class _Search:
         partitions = self._partitions(above, len(leaves))
         scored = self._scored(above, len(leaves))
         whole = np.arange(len(leaves))
+        members = np.concatenate([leaves, np.array(list(above), dtype=np.int64)])
         levels = [scored] if scored is not None else []
         levels += [whole, *partitions]
         reason = ""
@@ -198,11 +203,11 @@ class _Search:
             if scored is not None and level is not scored and not np.array_equal(level, whole):
                 continue
             for groups in [None, *coarser]:
-                failure = self._fails(leaves, level, groups)
+                failure = self._fails(leaves, members, level, groups)
                 if failure is None:
                     unit_groups = None if groups is None else tuple(int(groups[level == u][0]) for u in
                                                                      range(int(level.max()) + 1))  # fmt: skip
-                    return Family(leaves, level, unit_groups, slices, level is scored)
+                    return Family(leaves, members, level, unit_groups, slices, level is scored)
                 reason = failure
         return reason or "its channels all go together"
 
@@ -274,28 +279,62 @@ class _Search:
                     groups=tuple(int(g) for g in groups), hook=hook)  # fmt: skip
 
     def _hook(self, key: tuple[str, int]) -> str | None:
-        """Return the module whose input the dimension is, where every use of the tensor is that module's own call."""
+        """Return the module whose only input ends in the dimension, in each of the calls that use the tensor."""
         owner = key[0].rpartition(".")[0]
         start = self.labels.starts[key]
         size = len(self.rows[key])
-        for use in self.labels.contracted:
-            if start <= int(use.labels.min()) < start + size and module_path(use.node) != owner:
-                return None
-        return owner
+        uses = [use for use in self.labels.contracted if start <= int(use.labels.min()) < start + size]
+        entered = {self._entered(use, owner) for use in uses}
+        return None if None in entered or not self.inputs.get(owner, set()) <= entered else owner
 
-    def _fails(self, leaves: np.ndarray, unit_of: np.ndarray, groups: np.ndarray | None) -> str | None:
+    def _entered(self, use: Use, owner: str) -> fx.Node | None:
+        """Return the tensor from outside a module whose last axis a use inside it sums over, if there is one."""
+        node, axis = use.activation, use.axis
+        if not owner or module_path(use.node) != owner or node is None or axis != len(shape_of(node)) - 1:
+            return None
+        width = shape_of(node)[-1]
+        while node.op == "call_function" and module_path(node) == owner:
+            source = node.args[0]
+            if operation(node) not in MOVES or not isinstance(source, fx.Node) or shape_of(source)[-1:] != (width,):
+                return None
+            node = source
+        return node
+
+    @cached_property
+    def inputs(self) -> dict[str, set[fx.Node]]:
+        """Return the tensors from outside that each module's own operations read, parameters left out."""
+        found: dict[str, set[fx.Node]] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                path = module_path(node)
+                found.setdefault(path, set()).update(
+                    argument
+                    for argument in node.all_input_nodes
+                    if self.program.tensor_name(argument) is None
+                    and isinstance(argument.meta.get("val"), torch.Tensor)
+                    and (argument.op == "placeholder" or module_path(argument) != path)
+                )
+        return found
+
+    def _fails(
+        self, leaves: np.ndarray, members: np.ndarray, unit_of: np.ndarray, groups: np.ndarray | None
+    ) -> str | None:
         """Try random keeps; return why one does not pass, or None."""
         rng = np.random.default_rng(0)
         units = int(unit_of.max()) + 1
-        members = None if groups is None else [np.unique(unit_of[groups == g]) for g in range(int(groups.max()) + 1)]
+        parts = None if groups is None else [np.unique(unit_of[groups == g]) for g in range(int(groups.max()) + 1)]
         nodes = self._nodes(leaves)
-        for fraction in DRAWS:
-            gone = _draw(rng, units, members, fraction)
+        draws = [_draw(rng, units, parts, fraction) for fraction in DRAWS]
+        if parts is not None:
+            draws.append(np.isin(np.arange(units), parts[-1]))  # a whole group
+        for gone in draws:
             if gone is None:
                 return "too few units in a group"
-            cut = closed(self.labels, leaves[gone[unit_of]])
-            if (cut.removed & self.components.pinned).any():
-                return "part of it has to stay"
+            cut = closed(self.labels, leaves[gone[unit_of]], members)
+            starved = np.flatnonzero(self.components.starved(cut.removed))
+            if len(starved):
+                pin = self.components.pins.get(int(starved[0]))
+                return f"part of it has to stay ({pin.reason})" if pin is not None else "part of it has to stay"
             try:
                 for node in nodes:
                     check(node, cut)

@@ -24,6 +24,7 @@ from fxslim.passes.narrow import narrowed_copy
 from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
+from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
 from fxslim.pipeline import Facts, Pass, Pipeline
@@ -213,8 +214,11 @@ class Take:
 
 def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...]) -> Cut:
     """Return the cut that removes what site plans remove."""
-    gone = [sites.families[p.site.name].leaves[p.gone[sites.families[p.site.name].unit_of]] for p in parts]
-    return closed(labels, np.concatenate(gone) if gone else np.zeros(0, dtype=np.int64))
+    families = [sites.families[part.site.name] for part in parts]
+    none = np.zeros(0, dtype=np.int64)
+    gone = [f.leaves[part.gone[f.unit_of]] for part, f in zip(parts, families, strict=True)]
+    members = [f.members for f in families]
+    return closed(labels, np.concatenate([none, *gone]), np.concatenate([none, *members]))
 
 
 @dataclass(frozen=True)
@@ -298,10 +302,10 @@ def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozens
         if old != new:
             changed.setdefault(old, set()).add(new)
 
-    for value in labels.values.values():
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Value) and cut.touches(item):
-                for old, new in zip(item.shape, cut.shape(item), strict=True):
+    for node, value in labels.values.items():
+        if isinstance(value, Value) and cut.touches(value):
+            for axis, (old, new) in enumerate(zip(value.shape, cut.shape(value), strict=True)):
+                if fixed(node, axis):
                     add(old, new)
     site, kept = part.site, len(part.keep)
     add(site.units, kept)

@@ -14,7 +14,7 @@ from fxslim.errors import NarrowError
 from fxslim.labels import Value
 from fxslim.passes.annotate import operation
 from fxslim.passes.cut import Cut
-from fxslim.passes.rules.movement import CREATIONS, MOVES
+from fxslim.passes.rules.movement import CREATIONS, MOVES, anyhow
 from fxslim.passes.rules.walk import concrete, parameter
 from fxslim.program import shape_of
 
@@ -42,7 +42,7 @@ class Call:
         """Run on a concrete tensor in the place of the first argument."""
         args = tuple(_number(argument) for argument in self.args[1:])
         kwargs = {name: _number(argument) for name, argument in self.kwargs.items()}
-        return self.target(tensor, *args, **kwargs)
+        return anyhow(self.target)(tensor, *args, **kwargs)
 
 
 def _number(argument: Any) -> Any:
@@ -219,6 +219,21 @@ def _convolution(node: fx.Node, cut: Cut) -> Call:
     defaults: tuple[Any, ...] = (None, None, None, 1, 0, 1, groups)
     args = tuple(node.args) + defaults[len(node.args) :]
     return Call(node.target, (*args[:6], groups * after // before), dict(node.kwargs))
+
+
+@_for("aten.scaled_dot_product_attention")
+def _attention(node: fx.Node, cut: Cut) -> Call:
+    """The kernel pairs queries with keys by their numbers: equally many per key where it is told to share them."""
+    if parameter(node, "enable_gqa", 7, False):
+        query, key = (cut.labels.values[argument] for argument in node.args[:2])  # type: ignore[index]
+        times = query.shape[-3] // key.shape[-3]
+        queries, keys = cut.positions(query, -3), cut.positions(key, -3)
+        if queries is None or keys is None:
+            raise NarrowError("what is left of the heads is not a box")
+        counts = torch.bincount(queries // times, minlength=key.shape[-3])
+        if counts.nonzero().reshape(-1).tolist() != keys.tolist() or len(set(counts[keys].tolist())) > 1:
+            raise NarrowError("the heads that share keys and values are not equally many")
+    return Call(node.target, node.args, dict(node.kwargs))
 
 
 def moves(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized
 from fxslim.passes.rules.walk import parameter
-from fxslim.program import Program
+from fxslim.program import Program, is_symbolic
 
 aten = torch.ops.aten
 
@@ -107,14 +107,19 @@ def _scaled(size: Scaled, before: fx.Node, graph: fx.Graph, twin: Mapping[fx.Nod
 def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
     """Gather operands that keep more than their partners: side inputs such as per-head tables."""
     name = operation(old)
-    if name in ("aten.cat", "aten.stack", "aten.embedding") or moves(old) or name in RESIZES:
-        return
     if name == "aten.scaled_dot_product_attention":
         mask = parameter(old, "attn_mask", 3)
         value = cut.labels.values[old]
         if isinstance(mask, fx.Node):
             rank = len(value.shape)
             _gather(old, new, mask, value, cut, graph, range(max(rank - len(mask.meta["val"].shape), 0), rank - 2))
+        return
+    if name in ("aten.cat", "aten.stack", "aten.embedding") or moves(old) or name in RESIZES:
+        return
+    if name in ("aten.baddbmm", "aten.addmm"):
+        value, bias = cut.labels.values[old], old.args[0]
+        if isinstance(bias, fx.Node) and isinstance(cut.labels.values.get(bias), Value):
+            _gather(old, new, bias, value, cut, graph, range(len(value.shape)))
         return
     value = cut.labels.values.get(old)
     if not isinstance(value, Value) or not cut.touches(value) or not _joins(name, old):
@@ -149,24 +154,50 @@ def _gather(
             raise NarrowError(f"{operation(old)}: a table would have to be gathered differently in every group")
         if torch.equal(wanted, present):
             continue
+        if is_symbolic(old.meta["val"].shape[axis]):
+            period = _period(cut, value, axis)
+            wanted, present = wanted[wanted < period], present[present < period]
         places = torch.searchsorted(present, wanted)
         if places.numel() and (int(places.max()) >= present.numel() or not torch.equal(present[places], wanted)):
             raise NarrowError(f"{operation(old)}: an operand lost coordinates that the result keeps")
-        _insert_gather(new, argument, own, places, graph)
+        _insert_gather(new, argument, own, places, graph, symbolic=is_symbolic(old.meta["val"].shape[axis]),
+                       present=len(present))  # fmt: skip
 
 
-def _insert_gather(new: fx.Node, argument: fx.Node, axis: int, places: torch.Tensor, graph: fx.Graph) -> None:
+def _period(cut: Cut, value: Value, axis: int) -> int:
+    """Return after how many coordinates labels repeat along an axis that holds a batch as well (batch times heads)."""
+    labels = value.along(axis)
+    assert labels is not None
+    row = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[0]
+    period = len(torch.unique(row))
+    if row.numel() % period or not torch.equal(row, row[:period].repeat(row.numel() // period)):
+        raise NarrowError("labels do not repeat along an open axis")
+    return period
+
+
+def _insert_gather(
+    new: fx.Node, argument: fx.Node, axis: int, places: torch.Tensor, graph: fx.Graph, *, symbolic: bool, present: int
+) -> None:
     source = next(node for node in new.all_input_nodes if node.name == argument.name)
+    chosen = tuple(places.tolist())
     with graph.inserting_before(new):
-        picked = graph.call_function(_take, (source, axis, tuple(places.tolist())))
-    value = source.meta["val"]
-    picked.meta["val"] = value.narrow(axis, 0, len(places))
+        if symbolic:
+            picked = graph.call_function(_take_of_each, (source, axis, present, chosen))
+        else:
+            picked = graph.call_function(_take, (source, axis, chosen))
+    picked.meta["val"] = source.meta["val"]
     new.replace_input_with(source, picked)
 
 
 def _take(tensor: torch.Tensor, axis: int, places: tuple[int, ...]) -> torch.Tensor:
     """Take coordinates along an axis."""
     return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+
+
+def _take_of_each(tensor: torch.Tensor, axis: int, period: int, places: tuple[int, ...]) -> torch.Tensor:
+    """Take coordinates of every run of ``period`` along an axis."""
+    runs = tensor.unflatten(axis, (-1, period))
+    return _take(runs, axis + 1, places).flatten(axis, axis + 1)
 
 
 def _annotate_shape(old: fx.Node, new: fx.Node, cut: Cut) -> None:

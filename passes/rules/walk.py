@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxslim.labels import CONSTANT, Relations, Value, axes_of, clusters, compact, merge
+from fxslim.labels import CONSTANT, Relations, Value, axes_of, clusters, combine, compact, merge
 from fxslim.program import hint, is_symbolic, module_path
 
 Rule = Callable[["Walk", fx.Node], Any]
@@ -98,14 +98,24 @@ class Walk:
     def join(self, operands: Sequence[Value], shape: Sequence[int]) -> Value:
         """Combine operands that are broadcast against each other, element by element.
 
-        Equal axes tie, an operand that is broadcast along a labelled axis is a parent, an unlabelled axis of a
-        constant is free to be gathered, and an unlabelled axis of data pins what it meets.
+        Equal axes tie, an operand that is broadcast along a labelled axis is a parent, a constant (a bias, a table,
+        anything computed from parameters and positions alone) is a parent of the data it meets and free to be
+        gathered, and an unlabelled axis of data pins what it meets.
         """
         shape = tuple(shape)
         padded = [_pad(operand, len(shape)) for operand in operands]
+        constant = {id(labels) for operand in padded if operand.origin == CONSTANT for labels in operand.labels}
         merged = []
         for axes, members in clusters([labels for operand in padded for labels in operand.labels]):
-            labels = merge(self.relations, axes, members)
+            data = [labels for labels in members if id(labels) not in constant]
+            covers = bool(data) and frozenset().union(*map(axes_of, data)) == axes
+            if covers and len(data) < len(members):
+                labels = merge(self.relations, axes, data)
+                for own in members:
+                    if id(own) in constant:
+                        self.relations.parent(own, labels)
+            else:
+                labels = merge(self.relations, axes, members)
             for operand in padded:
                 labels = self._settle(labels, axes, operand)
             merged.append(labels)
@@ -158,8 +168,14 @@ class Walk:
 
     def tidy(self, value: Value) -> Value:
         """Drop label tensors that vary no more, and merge those that came to share an axis."""
-        merged = [merge(self.relations, axes, members) for axes, members in clusters(value.labels)]
+        merged = [self._meet(axes, members) for axes, members in clusters(value.labels)]
         return Value(value.shape, tuple(merged), value.origin, value.looked_up)
+
+    def _meet(self, axes: frozenset[int], members: list[torch.Tensor]) -> torch.Tensor:
+        """Merge labels that came to share axes: heads and channels, each repeated for the other, in one flat axis."""
+        if len(members) > 1 and all(labels.unique().numel() < labels.numel() for labels in members):
+            return combine(self.relations, members)
+        return merge(self.relations, axes, members)
 
     def opaque(self, node: fx.Node, reason: str, *, pins: Sequence[Value] | None = None) -> Any:
         """Pin every label that a node reads, and return a result that pins whatever it meets."""
