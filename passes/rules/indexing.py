@@ -53,6 +53,7 @@ def index(walk: Walk, node: fx.Node) -> Any:
     passed = []
     axis = 0
     indexed: list[int] = []
+    reason: int | None = None
     for argument in indices:
         width = argument.meta["val"].ndim if argument is not None and masks else 1
         if argument is not None:
@@ -60,11 +61,14 @@ def index(walk: Walk, node: fx.Node) -> Any:
         axis += width
     for labels in value.labels:
         if any(labels.shape[i] > 1 for i in indexed):
-            walk.relations.pin(labels, walk.relations.pin_label("indexed by data", node.name))
+            reason = walk.relations.pin_label("indexed by data", node.name)
+            walk.relations.pin(labels, reason)
             continue
         passed.append(_indexed(labels, indexed, len(shape)))
     operands = [value, *read]
     origin = next((own.origin for own in operands if own.origin != CONSTANT), CONSTANT)
+    if origin != CONSTANT and reason is not None:
+        origin = reason
     looked_up = any(own.looked_up for own in operands)
     if origin == CONSTANT and looked_up and value.labels:
         origin = walk.relations.pin_label("looked up by an input of the model", node.name)

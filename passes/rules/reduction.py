@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from fxslim.labels import Value
+from fxslim.labels import CONSTANT, Value
 from fxslim.passes.rules.walk import Walk, concrete, parameter, rule, sizes
 
 ALONG = (
@@ -101,13 +101,16 @@ def ordered(walk: Walk, node: fx.Node) -> Any:
     position = 2 if "topk" in str(node.target) else 1
     axis = int(concrete(parameter(node, "dim", position, -1))) % len(value.shape)
     labels = value.along(axis)
+    origin = value.origin
     if labels is not None:
-        walk.relations.pin(labels, walk.relations.pin_label(f"selected by value ({node.target})", node.name))
+        reason = walk.relations.pin_label(f"selected by value ({node.target})", node.name)
+        walk.relations.pin(labels, reason)
+        origin = origin if origin == CONSTANT else reason
     shape = tuple(node.meta["val"][0].shape)
     count = int(concrete(shape[axis]))
     rest = tuple(own for own in value.labels if own.shape[axis] == 1)
     out = tuple(count if a == axis else size for a, size in enumerate(value.shape))
-    result = Value(out, rest, value.origin, value.looked_up)
+    result = Value(out, rest, origin, value.looked_up)
     return (result, result)
 
 
