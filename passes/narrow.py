@@ -150,5 +150,7 @@ def apply_edit(module: nn.Module, edit: AttributeEdit | ConfigEdit) -> None:
     owner = module.get_submodule(edit.module)
     if isinstance(edit, AttributeEdit):
         setattr(owner, edit.name, edit.new)
+        if edit.name == "groups" and isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            owner.in_channels = owner.weight.shape[1] * edit.new
     else:
         owner.config = overlay(owner.config, {edit.name: edit.new})

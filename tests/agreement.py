@@ -1,0 +1,106 @@
+"""Compare what two models compute, without asking fxslim: every tensor of the output against its own scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxslim.passes.prepare import fingerprint
+from fxslim.plan import Plan, Site, SitePlan
+
+EXACT = 1e-12
+"""Largest relative difference of float64 models: rounding, in another order of summation."""
+INNER_FLOAT32 = 1e-6
+"""The same for float64 models that compute a norm, a softmax or an angle in float32."""
+
+
+def outputs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Tensor]:
+    """Run a model without gradients and return the tensors of its output by where they are."""
+    with torch.no_grad():
+        result = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    leaves = pytree.tree_leaves_with_path(result)
+    return {pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of any tensor relative to its scale; names, shapes and dtypes must agree."""
+    assert expected.keys() == found.keys()
+    assert expected, "a comparison of nothing"
+    worst = 0.0
+    for name, want in expected.items():
+        have = found[name]
+        assert (want.shape, want.dtype) == (have.shape, have.dtype), name
+        if not want.is_floating_point():
+            assert torch.equal(want, have), name
+            continue
+        assert want.isfinite().all(), name
+        assert have.isfinite().all(), name
+        scale = float(want.abs().max())
+        assert scale > 1e-6, f"{name} is zero: nothing would show"
+        worst = max(worst, float((want - have).abs().max()) / scale)
+    return worst
+
+
+def random_keep(site: Site, fraction: float, generator: np.random.Generator) -> SitePlan:
+    """Remove about this fraction of a site's units (at least one) at random, equally many in every group."""
+    members = [np.arange(site.units)] if site.groups is None else _members(site)
+    gone: list[int] = []
+    for group in members:
+        count = min(max(1, round(fraction * len(group))), len(group) - 1)
+        gone.extend(generator.permutation(group)[:count].tolist())
+    return SitePlan(site=site, keep=tuple(unit for unit in range(site.units) if unit not in gone))
+
+
+def random_plan(model: nn.Module, sites: tuple[Site, ...], fraction: float = 0.4, seed: int = 0) -> Plan:
+    """Return a plan for a model that removes units of every site at random."""
+    generator = np.random.default_rng(seed)
+    parts = tuple(random_keep(site, fraction, generator) for site in sites)
+    return Plan(fxslim="test", torch=torch.__version__, fingerprint=fingerprint(model), sites=parts)
+
+
+def _members(site: Site) -> list[np.ndarray]:
+    groups = np.asarray(site.groups)
+    return [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Return everything about a model that a failing call could have changed, to be compared with `same_state`."""
+    seen: dict[str, Any] = {"": [name for name, _ in model.named_modules()]}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                for leaf, tensor in value.items():
+                    seen[f"{name}.{key}.{leaf}"] = _tensor(tensor)
+            elif isinstance(value, Tensor):
+                seen[f"{name}.{key}"] = _tensor(value)
+            elif key == "config" and hasattr(value, "to_dict"):
+                seen[f"{name}.{key}"] = (id(value), repr(value.to_dict()), value._attn_implementation)
+            elif key.endswith("_hooks") or "hooks_with" in key or "always_called" in key:
+                seen[f"{name}.{key}"] = list(value)
+            elif isinstance(value, int | float | str | bool | tuple | type(None)):
+                seen[f"{name}.{key}"] = value
+        seen[f"{name}.class"] = type(module)
+    return seen
+
+
+def same_state(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Compare two states bit for bit; NaN equals itself."""
+    assert before.keys() == after.keys()
+    changed = [key for key, value in before.items() if value != after[key]]
+    assert changed == []
+    return True
+
+
+def _tensor(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    if tensor.device.type == "meta" or tensor.is_quantized:
+        return id(tensor), tuple(tensor.shape), tensor.dtype
+    grad = None if tensor.grad is None else id(tensor.grad)
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return id(tensor), tuple(tensor.shape), tensor.dtype, tensor.requires_grad, grad, raw
