@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxslim.labels import Components
 from fxslim.plan import Site
 from fxslim.program import Program, shape_of
 
@@ -62,6 +63,43 @@ def program_lines(program: Program) -> list[str]:
         arguments = ", ".join(_argument(program, argument) for argument in node.args)
         lines.append(f"{node.name}: {shape} = {node.target}({arguments})")
     return lines
+
+
+def label_lines(program: Program, starts: Mapping[tuple[str, int], int], components: Components) -> list[str]:
+    """Print what every tensor dimension carries: components, numbered as they appear, and which of them are parents.
+
+    ``3*8`` is eight rows of component 3, ``3-10`` a row for each of them, ``stays`` a row of a pinned one.
+    """
+    numbers: dict[int, int] = {}
+    lines = []
+    for (tensor, dim), start in starts.items():
+        own = components.of[start : start + program.tensors[tensor].shape[dim]].tolist()
+        names = [None if components.pinned[c] else numbers.setdefault(c, len(numbers) + 1) for c in own]
+        lines.append(f"{tensor}.{dim} ({len(own)}): {' '.join(_runs(names))}")
+    below: dict[int, list[int]] = {}
+    for parent, child in components.edges.tolist():
+        if parent in numbers and child in numbers:
+            below.setdefault(numbers[parent], []).append(numbers[child])
+    return [*lines, *(f"{parent} > {' '.join(_runs(sorted(below[parent])))}" for parent in sorted(below))]
+
+
+def _runs(numbers: Sequence[int | None]) -> list[str]:
+    """Compress numbers into runs of equal and of ascending ones."""
+    runs: list[list[Any]] = []  # first, last, count
+    for number in numbers:
+        first, last, count = runs[-1] if runs else (None, None, 0)
+        equal = count and last == number and (first == last or number is None)
+        ascending = number is not None and last is not None and number == last + 1 and count == last - first + 1
+        if equal or ascending:
+            runs[-1] = [first, number, count + 1]
+        else:
+            runs.append([number, number, 1])
+    return [_run(*run) for run in runs]
+
+
+def _run(first: int | None, last: int | None, count: int) -> str:
+    name = "stays" if first is None else str(first)
+    return name if count == 1 else f"{name}*{count}" if first == last else f"{name}-{last}"
 
 
 def _argument(program: Program, argument: Any) -> str:
