@@ -84,14 +84,14 @@ def choose(sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], request: 
     selected, notes = select(sites, request)
     plans: list[SitePlan] = []
     for site in selected:
-        zero, scores, real = _measure(site, tensors)
-        if not real:
+        seen = measure(site, tensors)
+        if not seen.real:
             notes.append(Note(where=site.name, reason="weights are on meta: units were chosen by number, not by score"))
-        gone, note = _lossless(site, zero) if request.lossless else _requested(site, zero, scores, request)
+        gone, note = _lossless(site, seen.zero) if request.lossless else _requested(site, seen, request)
         if note:
             notes.append(Note(where=site.name, reason=note))
         asked = bool(gone.any())
-        gone = _rounded(site, gone, zero, scores, request.round_to)
+        gone = _rounded(site, gone, seen, request.round_to)
         if asked and not gone.any():
             notes.append(
                 Note(where=site.name, reason=f"rounded up to a multiple of {request.round_to}, everything stays")
@@ -137,30 +137,56 @@ def _matches(site: Site, glob: str) -> bool:
     return any(fnmatch.fnmatchcase(path, glob) for path in paths)
 
 
-def _measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return which units are zero at every consumer, each unit's L2 norm, and whether weights are there at all."""
+@dataclass(frozen=True)
+class Measured:
+    """What the weights say of a site's units.
+
+    Attributes:
+        zero: units whose rows are zero in every consumer.  (units,)
+        scores: L2 norm over all rows that a unit owns alone.  (units,)
+        groups: L2 norm over all rows of a group, those that its units share included.  (groups,)
+        real: False where weights are on ``meta``.
+    """
+
+    zero: np.ndarray
+    scores: np.ndarray
+    groups: np.ndarray
+    real: bool
+
+
+def measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> Measured:
+    """Measure a site's units by magnitude."""
+    of = np.arange(site.units) if site.groups is None else np.asarray(site.groups)
     zero = np.ones(site.units, dtype=bool)
-    total = np.zeros(site.units)
+    own, shared = np.zeros(site.units), np.zeros(site.group_count)
     for piece in site.slices:
-        if piece.groups is not None:
-            continue  # shared by several units: no unit's own
         tensor = tensors[piece.tensor].detach()
         if tensor.device.type == "meta":
-            return np.zeros(site.units, dtype=bool), np.zeros(site.units), False
-        rest = [dim for dim in range(tensor.ndim) if dim != piece.dim]
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        squares = _norms(tensor, rest, dtype).double().square().cpu().numpy()
-        if not np.isfinite(squares).all():
-            bad = "NaN" if np.isnan(squares).any() else "infinite values"
-            raise InputError(f"{piece.tensor} holds {bad}; repair the checkpoint before narrowing it.")
+            return Measured(np.zeros(site.units, dtype=bool), np.zeros(site.units), np.zeros(site.group_count), False)
+        squares = _squares(piece.tensor, tensor, piece.dim)
         owner = piece.owners()
         owned = owner >= 0
-        np.add.at(total, owner[owned], squares[owned])
         if piece.role == "in":
-            alive = np.zeros(site.units, dtype=bool)
+            alive = np.zeros(site.units if piece.groups is None else max(piece.groups) + 1, dtype=bool)
             np.logical_or.at(alive, owner[owned], _nonzero(tensor, piece.dim, squares)[owned])
-            zero &= ~alive
-    return zero, np.sqrt(total), True
+            zero &= ~(alive if piece.groups is None else alive[list(piece.groups)])
+        if piece.groups is None:
+            np.add.at(own, owner[owned], squares[owned])
+        elif piece.groups == site.groups:
+            np.add.at(shared, owner[owned], squares[owned])
+    np.add.at(shared, of, own)
+    return Measured(zero, np.sqrt(own), np.sqrt(shared), True)
+
+
+def _squares(name: str, tensor: torch.Tensor, dim: int) -> np.ndarray:
+    """Return the sum of squares of every row."""
+    rest = [other for other in range(tensor.ndim) if other != dim]
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    squares: np.ndarray = _norms(tensor, rest, dtype).double().square().cpu().numpy()
+    if not np.isfinite(squares).all():
+        bad = "NaN" if np.isnan(squares).any() else "infinite values"
+        raise InputError(f"{name} holds {bad}; repair the checkpoint before narrowing it.")
+    return squares
 
 
 def _norms(tensor: torch.Tensor, rest: list[int], dtype: torch.dtype) -> torch.Tensor:
@@ -208,9 +234,10 @@ def _lossless(site: Site, zero: np.ndarray) -> tuple[np.ndarray, str]:
     return gone, f"{left} zero heads stay: every group keeps the same number of heads" if left else ""
 
 
-def _requested(site: Site, zero: np.ndarray, scores: np.ndarray, request: Request) -> tuple[np.ndarray, str]:
+def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray, str]:
     """Take out the asked fraction, zeros first, then by ascending score."""
     gone = np.zeros(site.units, dtype=bool)
+    zero, scores = seen.zero, seen.scores
     if site.kind in FFN:
         gone[_lowest(np.arange(site.units), zero, scores)[: _count(request.ffn, site.units)]] = True
         short = request.ffn and not gone.any()
@@ -221,8 +248,7 @@ def _requested(site: Site, zero: np.ndarray, scores: np.ndarray, request: Reques
     groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else _members(site)
     if request.kv_groups:
         dead = np.array([zero[members].all() for members in groups])
-        norms = np.array([np.sqrt((scores[members] ** 2).sum()) for members in groups])
-        for group in _lowest(np.arange(len(groups)), dead, norms)[: _count(request.kv_groups, len(groups))]:
+        for group in _lowest(np.arange(len(groups)), dead, seen.groups)[: _count(request.kv_groups, len(groups))]:
             gone[groups[group]] = True
         if not gone.any():
             note = f"kv_groups={request.kv_groups} of {len(groups)} groups is less than one"
@@ -247,7 +273,7 @@ def _lowest(units: np.ndarray, zero: np.ndarray, scores: np.ndarray) -> np.ndarr
     return units[np.lexsort((-units, scores[units], ~zero[units]))]
 
 
-def _rounded(site: Site, gone: np.ndarray, zero: np.ndarray, scores: np.ndarray, multiple: int) -> np.ndarray:
+def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.ndarray:
     """Keep more units until the consumer's kept rows are a multiple (or all of them)."""
     if multiple == 1 or not gone.any():
         return gone
@@ -259,7 +285,7 @@ def _rounded(site: Site, gone: np.ndarray, zero: np.ndarray, scores: np.ndarray,
         for members in alive:
             dropped = members[gone[members]]
             if len(dropped):
-                gone[_lowest(dropped, zero, scores)[-1]] = False
+                gone[_lowest(dropped, seen.zero, seen.scores)[-1]] = False
     return gone
 
 

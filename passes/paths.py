@@ -40,7 +40,8 @@ class Path:
         with torch.no_grad(), evaluating(model), _attention(model, self.attention):
             if self.generate:
                 return _generate(model, self.inputs)
-            return tensors_of(model(**_without_cache(model, self.inputs)))
+            with _without_caches(model):
+                return tensors_of(model(**self.inputs))
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -113,12 +114,18 @@ def _attention(model: nn.Module, implementation: str | None) -> Iterator[None]:
         switch(before)
 
 
-def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    given = dict(inputs)
-    names, _, _ = forward_parameters(model)
-    if "use_cache" in names and "use_cache" not in given:
-        given["use_cache"] = False
-    return given
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Turn key/value caches off: a cache is no result, and its shape follows the heads."""
+    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    on = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    try:
+        for config in on:
+            config.use_cache = False
+        yield
+    finally:
+        for config in on:
+            config.use_cache = True
 
 
 def _generate(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
