@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -198,6 +198,8 @@ def first_wrong(model: nn.Module, small: nn.Module, plan: Plan, path: Path) -> t
         worst, scale = distance([before], [after])
         if not worst <= 1e-4 * scale:
             return owners[where], worst
+    if len(found) < len(reference) and not isinstance(small, fx.GraphModule):  # it stopped on the way
+        return owners[reference[len(found)][0]], float("inf")
     return "output", 0.0
 
 
