@@ -38,8 +38,16 @@ def settle(model: nn.Module) -> None:
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
         if parametrize.is_parametrized(module):
+            _own_class(module)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies share it, and taking a parametrization off changes it."""
+    kind = type(module)
+    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, body)
 
 
 def _computed(model: nn.Module) -> bool:

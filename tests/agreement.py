@@ -101,6 +101,6 @@ def _tensor(tensor: Tensor | None) -> Any:
         return None
     if tensor.device.type == "meta" or tensor.is_quantized:
         return id(tensor), tuple(tensor.shape), tensor.dtype
-    grad = None if tensor.grad is None else id(tensor.grad)
+    grad = None if not tensor.is_leaf or tensor.grad is None else id(tensor.grad)
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return id(tensor), tuple(tensor.shape), tensor.dtype, tensor.requires_grad, grad, raw
