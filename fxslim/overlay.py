@@ -48,3 +48,8 @@ def overlay(config: Any, fields: dict[str, Any]) -> Any:
     object.__setattr__(made, "_fxslim_config", config)
     object.__setattr__(made, "_fxslim_fields", dict(fields))
     return made
+
+
+def underlying(config: Any) -> Any:
+    """Return the shared config behind an overlay (or the config itself)."""
+    return object.__getattribute__(config, "_fxslim_config") if isinstance(config, _Overlay) else config

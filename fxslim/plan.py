@@ -205,7 +205,46 @@ class ConfigEdit(Frozen):
     new: int
 
 
-Edit = Annotated[AttributeEdit | ConfigEdit, Field(discriminator="edit")]
+class GatherEdit(Frozen):
+    """A tensor that a module takes and of which it needs some heads only: gathered before each call.
+
+    Attributes:
+        module: the module that takes it.
+        name: the parameter of the module's ``forward``.
+        axis: the axis that holds the heads.
+        size: number of heads before; an axis of any other size is left alone.
+        keep: the heads that are kept.
+        runs: whether the axis holds batch times heads, every run of ``size`` one batch row.
+    """
+
+    edit: Literal["gather"] = "gather"
+    module: Name
+    name: Name
+    axis: Count
+    size: Count
+    keep: tuple[Count, ...]
+    runs: bool = False
+
+
+class AttentionEdit(Frozen):
+    """A module whose attention function gets per-head tensors (biases, masks) of all heads: gathered just before it.
+
+    Attributes:
+        module: the module, which reads its attention implementation from its config.
+        name: the config field that it reads.
+        size: number of heads before.
+        keep: the heads that are kept.
+    """
+
+    edit: Literal["attention"] = "attention"
+    module: Name
+    name: Name = "_attn_implementation"
+    size: Count
+    keep: tuple[Count, ...]
+
+
+AnyEdit = AttributeEdit | ConfigEdit | GatherEdit | AttentionEdit
+Edit = Annotated[AnyEdit, Field(discriminator="edit")]
 
 
 class Note(Frozen):

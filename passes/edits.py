@@ -7,8 +7,9 @@ of them that makes the module compute what the masked one does, along every path
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +18,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxslim.overlay import underlying
 from fxslim.passes.narrow import apply_edit, narrowed_copy
 from fxslim.passes.paths import Path, evaluating, tensors_of
 from fxslim.passes.verify import distance
-from fxslim.plan import AttributeEdit, ConfigEdit, Plan, SitePlan
+from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
+from fxslim.program import forward_parameters
 
+IMPLEMENTATION_FIELD = "_attn_implementation"
 MOST = 3
 """Largest number of integers that are changed together in one module."""
 TRIES = 300
@@ -30,8 +34,8 @@ CLOSE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfl
 """A wrong integer shows far above these; the final verification is the exact one."""
 
 
-Edited = tuple[str, str, str]
-"""Kind of an edit, module relative to the one that holds it, name."""
+Edited = tuple[str, AnyEdit]
+"""The module of an edit relative to the one that holds it, and the edit."""
 Looks = tuple[Any, ...]
 """What modules have in common that need the same edits."""
 
@@ -48,9 +52,10 @@ class Recorded:
 
 @dataclass
 class Watch:
-    """Calls of one module and the integers it read while it ran."""
+    """Calls of one module, the integers it read while it ran, and the modules that read an attention implementation."""
 
     calls: list[Recorded] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
     read: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
 
@@ -58,7 +63,7 @@ class Watch:
 class Edits:
     """Edits that were found, and sites for which none do."""
 
-    edits: tuple[AttributeEdit | ConfigEdit, ...]
+    edits: tuple[AnyEdit, ...]
     stuck: tuple[str, ...]
 
 
@@ -77,7 +82,7 @@ def find_edits(
         watches: what was seen of modules while the masked model ran. A module that was not watched takes the edits of
             one that looks alike; the verification has to show that this was right.
     """
-    found: list[AttributeEdit | ConfigEdit] = []
+    found: list[AnyEdit] = []
     stuck: list[str] = []
     known: dict[Looks, tuple[Edited, ...]] = {}
     for path, parts in holders(model, plan).items():
@@ -87,13 +92,13 @@ def find_edits(
                 merged[old] = merged.get(old, frozenset()) | new
         looks = _looks(model, path, parts)
         if path not in watches:
-            found.extend(_likewise(model, path, known[looks], merged))
+            found.extend(_likewise(model, path, parts, known[looks], merged))
             continue
         so_far = plan.model_copy(update={"edits": tuple(found), "zeroed": tuple(stuck)})
-        edits = _Trial(model, so_far, path, watches[path], merged).search(known.get(looks, ()))
+        edits = _Trial(model, so_far, path, parts, watches[path], merged).search(known.get(looks, ()))
         if edits is None:
             stuck.extend(part.site.name for part in parts)
-        known[looks] = tuple((e.edit, e.module[len(path) :], e.name) for e in edits or ())
+        known[looks] = tuple((e.module[len(path) :], e) for e in edits or ())
         found.extend(edits or ())
     return Edits(tuple(found), tuple(stuck))
 
@@ -121,16 +126,24 @@ def _looks(model: nn.Module, path: str, parts: Sequence[SitePlan]) -> Looks:
 
 
 def _likewise(
-    model: nn.Module, path: str, known: Sequence[Edited], sizes: Mapping[int, frozenset[int]]
-) -> list[AttributeEdit | ConfigEdit]:
+    model: nn.Module,
+    path: str,
+    parts: Sequence[SitePlan],
+    known: Sequence[Edited],
+    sizes: Mapping[int, frozenset[int]],
+) -> list[AnyEdit]:
     """Return the edits of a module that looks like one whose edits are known."""
-    edits: list[AttributeEdit | ConfigEdit] = []
-    for kind, suffix, name in known:
+    edits: list[AnyEdit] = []
+    for suffix, edit in known:
         module = f"{path}{suffix}"
+        if isinstance(edit, GatherEdit | AttentionEdit):
+            part = next(p for p in parts if p.site.units == edit.size)
+            edits.append(edit.model_copy(update={"module": module, "keep": part.keep}))
+            continue
         owner: Any = model.get_submodule(module)
-        old = getattr(owner.config if kind == "config" else owner, name)
-        made = ConfigEdit if kind == "config" else AttributeEdit
-        edits.extend(made(module=module, name=name, old=old, new=new) for new in sorted(sizes.get(old, ()))[:1])
+        old = getattr(owner.config if isinstance(edit, ConfigEdit) else owner, edit.name)
+        same = {"module": module, "old": old}
+        edits.extend(edit.model_copy(update=same | {"new": new}) for new in sorted(sizes.get(old, ()))[:1])
     return edits
 
 
@@ -195,8 +208,7 @@ def _recording(model: nn.Module, watches: Mapping[str, Watch]) -> Iterator[None]
                 config = vars(module).get("config")
                 if config is not None and not isinstance(config, dict | str | int):
                     configs.append((module, config))
-                    module.config = _reader(config, lambda n, v, full=full, seen=seen:
-                                            seen.read.setdefault(("config", full, n), v))  # fmt: skip
+                    module.config = _reader(config, functools.partial(_note_config, seen, full))
                 swapped.append((module, type(module)))
                 _swap(module, lambda n, v, full=full, seen=seen: seen.read.setdefault(("attribute", full, n), v))
         yield
@@ -220,6 +232,14 @@ def _swap(module: nn.Module, note: Any) -> None:
     module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__})
 
 
+def _note_config(seen: Watch, module: str, name: str, value: Any) -> None:
+    if name == IMPLEMENTATION_FIELD:
+        if module not in seen.attention:
+            seen.attention.append(module)
+    else:
+        seen.read.setdefault(("config", module, name), value)
+
+
 def _reader(config: Any, note: Any) -> Any:
     """Return a view of a config that reports the integers read from it."""
     from fxslim.overlay import _OWN, overlay
@@ -229,7 +249,7 @@ def _reader(config: Any, note: Any) -> Any:
 
     def read(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        if type(value) is int and name not in _OWN:
+        if (type(value) is int and name not in _OWN) or name == IMPLEMENTATION_FIELD:
             note(name, value)
         return value
 
@@ -245,38 +265,40 @@ class _Trial:
         model: nn.Module,
         plan: Plan,
         path: str,
+        parts: Sequence[SitePlan],
         seen: Watch,
         sizes: Mapping[int, frozenset[int]],
     ) -> None:
         self.path = path
         self.seen = seen
-        self.candidates = _candidates(model, path, seen, sizes)
+        self.candidates = [*_integers(seen, sizes), *_gathers(model.get_submodule(path), path, parts, seen)]
         self.narrowed = _narrowed_part(model, plan, path)
 
-    def search(self, known: Sequence[Edited]) -> tuple[AttributeEdit | ConfigEdit, ...] | None:
+    def search(self, known: Sequence[Edited]) -> tuple[AnyEdit, ...] | None:
         """Return the smallest set of edits under which the module computes what the masked one does."""
-        tried = [edit for edit in self.candidates if (edit.edit, edit.module[len(self.path) :], edit.name) in known]
-        order: list[tuple[AttributeEdit | ConfigEdit, ...]] = [tuple(tried)] if tried else []
+        keys = {(edit.edit, suffix, edit.name) for suffix, edit in known}
+        tried = [edit for edit in self.candidates if (edit.edit, edit.module[len(self.path) :], edit.name) in keys]
+        order: list[tuple[AnyEdit, ...]] = [tuple(tried)] if tried else []
         for count in range(min(MOST, len(self.candidates)) + 1):
             for chosen in itertools.combinations(self.candidates, count):
                 if len({(e.edit, e.module, e.name) for e in chosen}) == count:
                     order.append(chosen)
         return next((edits for edits in order[:TRIES] if self._passes(edits)), None)
 
-    def _passes(self, edits: Sequence[AttributeEdit | ConfigEdit]) -> bool:
+    def _passes(self, edits: Sequence[AnyEdit]) -> bool:
         if not self.seen.calls:
             return not edits  # never called on its own; the whole model decides
-        holders = [(self._holder(e), e) for e in edits]
-        before = [vars(h).get("config") if isinstance(e, ConfigEdit) else getattr(h, e.name) for h, e in holders]
+        undo: list[Callable[[], Any]] = []
         try:
-            for holder, edit in holders:
-                apply_edit(holder, edit.model_copy(update={"module": ""}))
+            for edit in edits:
+                undo.append(_restorer(self._holder(edit), edit))
+                apply_edit(self._holder(edit), edit.model_copy(update={"module": ""}))
             return all(self._call(call) for call in self.seen.calls)
         finally:
-            for (holder, edit), value in reversed(list(zip(holders, before, strict=True))):
-                setattr(holder, "config" if isinstance(edit, ConfigEdit) else edit.name, value)
+            for restore in reversed(undo):
+                restore()
 
-    def _holder(self, edit: AttributeEdit | ConfigEdit) -> nn.Module:
+    def _holder(self, edit: AnyEdit) -> nn.Module:
         return self.narrowed.get_submodule(edit.module[len(self.path) :].strip("."))
 
     def _call(self, call: Recorded) -> bool:
@@ -297,8 +319,7 @@ class _Trial:
 
 @contextmanager
 def _attention_of(module: nn.Module, implementation: str | None) -> Iterator[None]:
-    config = getattr(module, "config", None)
-    inner = next((getattr(m, "config", None) for m in module.modules() if hasattr(m, "config")), config)
+    inner = next((underlying(c) for m in module.modules() if (c := vars(m).get("config")) is not None), None)
     if implementation is None or inner is None:
         yield
         return
@@ -310,16 +331,53 @@ def _attention_of(module: nn.Module, implementation: str | None) -> Iterator[Non
         inner._attn_implementation = before
 
 
-def _candidates(
-    model: nn.Module, path: str, seen: Watch, sizes: Mapping[int, frozenset[int]]
-) -> list[AttributeEdit | ConfigEdit]:
+def _restorer(holder: nn.Module, edit: AnyEdit) -> Callable[[], Any]:
+    """Return what undoes an edit."""
+    if isinstance(edit, GatherEdit):
+        hooks = (dict(holder._forward_pre_hooks), dict(holder._forward_pre_hooks_with_kwargs))
+
+        def restore() -> None:
+            for table, before in zip(
+                (holder._forward_pre_hooks, holder._forward_pre_hooks_with_kwargs), hooks, strict=True
+            ):
+                table.clear()
+                table.update(before)
+
+        return restore
+    name = edit.name if isinstance(edit, AttributeEdit) else "config"
+    value = getattr(holder, name)
+    return lambda: setattr(holder, name, value)
+
+
+def _integers(seen: Watch, sizes: Mapping[int, frozenset[int]]) -> list[AnyEdit]:
     """Return every integer that was read and equals a size that changed, with its possible new values."""
-    made: list[AttributeEdit | ConfigEdit] = []
+    made: list[AnyEdit] = []
     for (kind, module, name), value in seen.read.items():
         for new in sorted(sizes.get(value, frozenset())):
             made_kind = AttributeEdit if kind == "attribute" else ConfigEdit
             made.append(made_kind(module=module, name=name, old=value, new=new))
     return made
+
+
+def _gathers(module: nn.Module, path: str, parts: Sequence[SitePlan], seen: Watch) -> list[AnyEdit]:
+    """Return every per-head tensor that the module takes, and every attention function that may be given one."""
+    names, _, _ = forward_parameters(module)
+    made: dict[tuple[Any, ...], AnyEdit] = {}
+    for part in parts:
+        units = part.site.units
+        for call in seen.calls if part.site.kind == "attention" else ():
+            given = dict(zip(names, call.args, strict=False)) | call.kwargs
+            tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and k in names}
+            rows = next((len(t) for t in tensors.values() if t.ndim >= 2), 0)
+            for name, tensor in tensors.items():
+                for axis, size in enumerate(tensor.shape):
+                    runs = axis == 0 and size == rows * units and size != units
+                    if (size == units and axis < max(tensor.ndim - 1, 1)) or runs:
+                        edit = GatherEdit(module=path, name=name, axis=axis, size=units, keep=part.keep, runs=runs)
+                        made.setdefault((name, axis, runs, units), edit)
+        for reader in seen.attention:
+            made.setdefault((reader, units), AttentionEdit(module=reader, size=units, keep=part.keep))
+    return list(made.values())
 
 
 def _narrowed_part(model: nn.Module, plan: Plan, path: str) -> nn.Module:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from fxslim.errors import PlanError
+from fxslim.gather import Gather, gather_in_attention
 from fxslim.overlay import overlay
-from fxslim.plan import AttributeEdit, ConfigEdit, Plan, SitePlan
+from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
+from fxslim.program import forward_parameters
 
 SIZE_ATTRIBUTES = {
     "in": ("in_features", "nx", "in_channels"),
@@ -75,12 +77,24 @@ def _check(module: nn.Module, plan: Plan) -> None:
             owner: Any = module.get_submodule(edit.module)
         except AttributeError as error:
             raise PlanError(f"the plan edits {edit.module}.{edit.name}, which does not exist.") from error
+        if isinstance(edit, GatherEdit | AttentionEdit):
+            _check_gather(owner, edit)
+            continue
         holder = owner.config if isinstance(edit, ConfigEdit) else owner
         if getattr(holder, edit.name, None) != edit.old:
             raise PlanError(
                 f"the plan expects {edit.module}.{edit.name} to be {edit.old}, "
                 f"found {getattr(holder, edit.name, None)!r}: it was made for another model, or is already applied."
             )
+
+
+def _check_gather(owner: nn.Module, edit: GatherEdit | AttentionEdit) -> None:
+    if isinstance(edit, GatherEdit) and edit.name not in forward_parameters(owner)[0]:
+        raise PlanError(f"the plan gathers {edit.name!r} of {edit.module}, whose forward does not take it.")
+    if isinstance(edit, AttentionEdit) and getattr(owner, "config", None) is None:
+        raise PlanError(f"the plan gathers in the attention of {edit.module}, which has no config.")
+    if any(head >= edit.size for head in edit.keep):
+        raise PlanError(f"the plan gathers heads of {edit.module} that do not exist.")
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,12 +159,15 @@ def _attributes(module: nn.Module, plan: Plan) -> None:
         apply_edit(module, edit)
 
 
-def apply_edit(module: nn.Module, edit: AttributeEdit | ConfigEdit) -> None:
+def apply_edit(module: nn.Module, edit: AnyEdit) -> None:
     """Apply one edit in place."""
     owner = module.get_submodule(edit.module)
     if isinstance(edit, AttributeEdit):
         setattr(owner, edit.name, edit.new)
-        if edit.name == "groups" and isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            owner.in_channels = owner.weight.shape[1] * edit.new
-    else:
+    elif isinstance(edit, ConfigEdit):
         owner.config = overlay(owner.config, {edit.name: edit.new})
+    elif isinstance(edit, GatherEdit):
+        hook = Gather(edit.name, edit.axis, edit.size, edit.keep, edit.runs)
+        owner.register_forward_pre_hook(hook, with_kwargs=True)
+    else:
+        gather_in_attention(owner, edit.size, edit.keep)
