@@ -131,7 +131,7 @@ CONTIGUOUS = Stack((Attend(2, 2, 2, form="einsum", layout="contiguous", share="r
 CROSS = Stack((Attend(3, 1, form="by hand", cross=True), Attend(1, 3)), norm=False)
 
 
-@settings(max_examples=20)
+@settings(max_examples=14)
 @given(stack=STACKS, seed=SEEDS)
 @example(INTERLEAVED, 1)
 @example(CONTIGUOUS, 2)
@@ -181,7 +181,7 @@ def test_keeping_everything_is_the_identity(stack: Stack, seed: int) -> None:
                 assert torch.equal(form(other), model(other))
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(stack=STACKS, seed=SEEDS)
 @example(INTERLEAVED, 5)
 @example(CONTIGUOUS, 5)
@@ -218,7 +218,7 @@ def _permuted(stack: Stack, model: nn.Module, orders: Keep) -> nn.Module:
     return made
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(stack=STACKS, seed=SEEDS)
 @example(INTERLEAVED, 7)
 def test_the_order_of_units_means_nothing(stack: Stack, seed: int) -> None:

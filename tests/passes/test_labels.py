@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fxslim.labels import CONSTANT, Relations, axes_of, clusters, compact, merge, solve
@@ -77,11 +77,26 @@ def test_a_child_of_two_parents_counts_for_both() -> None:
     assert _removed(relations, [4, 5]) == [2, 4, 5]
 
 
-def test_a_pinned_parent_stays_and_its_children_may_go() -> None:
+def test_a_pinned_parent_stays_and_some_of_its_children_may_go() -> None:
     relations, _ = _relations(3)
     relations.parent(torch.tensor([1]), torch.tensor([2, 3]))
     relations.pin(torch.tensor([1]), relations.pin_label("because", "node"))
-    assert _removed(relations, [2, 3]) == [2, 3]
+    solved = solve(relations)
+    starved = []
+    for gone in ([2], [2, 3]):
+        leaves = np.zeros(len(solved.pinned), dtype=bool)
+        leaves[solved.of[gone]] = True
+        removed = solved.removed(leaves)
+        assert np.flatnonzero(removed[solved.of]).tolist() == gone
+        starved.append(np.flatnonzero(solved.starved(removed)[solved.of]).tolist())
+    assert starved == [[], [1]]
+
+
+def test_the_only_child_of_a_parent_is_the_parent() -> None:
+    relations, _ = _relations(4)
+    relations.parent(torch.tensor([1, 2]), torch.tensor([2, 3]))
+    assert _removed(relations, [3]) == [1, 2, 3]
+    assert len(solve(relations).edges) == 0
 
 
 def test_cycles_of_parents_become_one_component() -> None:
@@ -189,10 +204,12 @@ def test_closure_agrees_with_a_plain_fixed_point(
         if other not in below[one]:
             for label in below[one]:
                 children[label] |= below[other]
-    gone = {other for label in chosen for other in below[label]}
+    leaves = {label for label in chosen if not children[label]}  # what is removed from outside has no children
+    gone = {other for label in leaves for other in below[label]}
     while True:
         more = {label for label in below if children[label] and children[label] <= gone and label not in stays}
         if more <= gone:
             break
         gone |= {other for label in more for other in below[label]}
-    assert [label for label in _removed(relations, sorted(chosen)) if label <= 9] == sorted(gone)
+    assume(not any(children[label] and children[label] <= gone for label in stays))  # refused: see `starved`
+    assert [label for label in _removed(relations, sorted(leaves)) if label <= 9] == sorted(gone)
