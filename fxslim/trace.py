@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -70,8 +71,6 @@ def refuse(model: nn.Module) -> None:
     """Raise UnsupportedModelError for models that fxslim must not touch."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
-    if next(iter(model.parameters()), None) is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantized; narrow the original model and quantize the result."
@@ -83,6 +82,8 @@ def refuse(model: nn.Module) -> None:
                 f"{name or 'the model'} is a quantized {type(child).__name__}; narrow the original model and "
                 "quantize the result."
             )
+    if next(iter(model.parameters()), None) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         subclass = type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer) and not hasattr(tensor, "fake_mode")
         if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
@@ -100,7 +101,7 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # export prints graphs that it gave up on
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -184,7 +185,9 @@ def _program(
         trailing=trailing,
     )
     notes = _fixed_sizes(graph, tuple(inputs))
-    return Program(graph, tensor_of, tensors, aliases, tuple(inputs), call, notes, frozenset(constants))
+    return Program(
+        graph, tensor_of, tensors, aliases, tuple(inputs), call, notes, frozenset(constants), _transient(model)
+    )
 
 
 def _renamed(before: fx.Graph, after: fx.Graph) -> dict[str, str]:
@@ -209,6 +212,15 @@ def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
             first[id(tensor)] = name
             tensors[name] = tensor
     return tensors, aliases
+
+
+def _transient(model: nn.Module) -> frozenset[str]:
+    """Return the names of buffers that are not part of the state dict."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    )
 
 
 def _drop_mutations(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:

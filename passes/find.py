@@ -147,8 +147,9 @@ class _Search:
         counts = self.counts
         is_parent = np.zeros(len(self.components.pinned), dtype=bool)
         is_parent[self.components.edges[:, 0]] = True
-        incoming = np.array([key in self.incoming for key in self.keys])
-        consumed = np.asarray(counts[:, incoming].sum(axis=1)).reshape(-1) > 0
+        consumed = np.zeros(len(self.components.pinned), dtype=bool)
+        for use in self.labels.contracted:
+            consumed[self.components.of[use.labels.numpy()]] = True
         leaves = np.flatnonzero(~is_parent & ~self.components.pinned & consumed)
         weights = np.random.default_rng(0).integers(1, 1 << 40, size=len(self.keys))
         signature = np.asarray(counts[leaves] @ weights).reshape(-1)
