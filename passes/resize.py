@@ -254,8 +254,6 @@ def check(node: fx.Node, cut: Cut) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, Value):
             cut.shape(item)
-    if operation(node) == "aten.scaled_dot_product_attention":
-        _check_groups(node, cut)
     call = resized(node, cut)
     source = cut.labels.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     if not moves(node) or not isinstance(source, Value):
@@ -272,24 +270,3 @@ def check(node: fx.Node, cut: Cut) -> None:
             want = cut.compress(own, want)
             if want.shape != got.shape or not bool((want == got).all()):
                 raise NarrowError(f"what is left does not pass through {operation(node)} in order")
-
-
-def _check_groups(node: fx.Node, cut: Cut) -> None:
-    """Raise NarrowError unless every key/value head that stays keeps as many query heads (``enable_gqa``)."""
-    query, key = (cut.labels.values.get(argument) for argument in node.args[:2])  # type: ignore[arg-type]
-    if not isinstance(query, Value) or not isinstance(key, Value) or query.shape[-3:-2] == key.shape[-3:-2]:
-        return
-    heads, groups = (_kept_along(value, cut) for value in (query, key))
-    counts = heads.reshape(len(groups), -1).sum(dim=1)
-    if bool(counts[~groups].any()) or len(counts[groups].unique()) != 1:
-        raise NarrowError("every key/value head that stays has to keep as many query heads")
-
-
-def _kept_along(value: Value, cut: Cut) -> torch.Tensor:
-    """Return which heads (the last axis but two) stay."""
-    kept = torch.zeros(value.shape[-3], dtype=torch.bool)
-    positions = cut.positions(value, -3)
-    if positions is None:
-        raise NarrowError("different heads stay for different channels")
-    kept[positions] = True
-    return kept

@@ -220,3 +220,20 @@ def test_sizes_that_divide_but_mix_coordinates_are_refused() -> None:
     assert resized(node, cut).args[1:] == (2, -1)
     with pytest.raises(NarrowError, match=r"what is left does not pass through aten\.repeat_interleave in order"):
         check(node, cut)
+
+
+def test_heads_that_share_keys_and_values_stay_equally_many() -> None:
+    """Two key/value heads, each for two query heads; the kernel pairs them by number."""
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (functional.linear(x, w).unflatten(-1, (-1, 2)).transpose(1, 2) for w in (m.q, m.k, m.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return functional.linear(mixed.transpose(1, 2).flatten(-2), m.o)
+
+    program, labels = labelled(function, X, q=(8, 4), k=(4, 4), v=(4, 4), o=(5, 8))
+    node = _node(program, "aten.scaled_dot_product_attention")
+    for heads in ([1, 2], [0, 1], [0, 1, 2]):  # one of each group; a whole group; all but one head
+        check(node, cut_rows(program, labels, {("o", 1): [2 * head + i for head in heads for i in (0, 1)]}))
+    cut = cut_rows(program, labels, {("o", 1): [0, 1]})
+    with pytest.raises(NarrowError, match="the heads that share keys and values are not equally many"):
+        check(node, cut)
