@@ -53,6 +53,8 @@ class Program:
         inputs: placeholder names of the user's inputs, in the order of the flattened example.
         call: how to call it.
         notes: what the user should know about the trace (sizes that had to be fixed, and why).
+        constants: names of tensors that tracing has lifted; no module of the model holds them.
+        transient: names of buffers that the model's state_dict leaves out.
     """
 
     graph: fx.Graph
@@ -63,6 +65,7 @@ class Program:
     call: CallSpec
     notes: tuple[str, ...] = ()
     constants: frozenset[str] = field(default_factory=frozenset)
+    transient: frozenset[str] = field(default_factory=frozenset)
 
     def tensor_name(self, node: object) -> str | None:
         """Return the canonical tensor name of a placeholder node, or None for any other node."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class Caller:
             if value is not None and value != traced:
                 raise InputError(f"{self.name} was compiled with {name}={traced!r}; it cannot take {value!r}.")
             return pytree.tree_leaves(traced)
+        if isinstance(traced, torch.Tensor) and not isinstance(value, torch.Tensor):
+            raise InputError(f"input {name!r} must be a tensor, not {type(value).__name__}.")
         leaves, spec = pytree.tree_flatten(value)
         if spec != pytree.tree_structure(traced):
             raise InputError(f"{self.name} was compiled with another structure of the input {name!r}.")
@@ -123,6 +126,32 @@ class CompiledModule(fx.GraphModule):
         """Return the plan and the report."""
         return self.meta["fxslim"]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        """Copy everything: fx alone would keep only what the graph reads, and forget how it is called."""
+        root = nn.Module()
+        root.training = False
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            setattr(root, table, copy.deepcopy(getattr(self, table), memo))
+        copied = CompiledModule(root, copy.deepcopy(self.graph, memo), class_name=type(self).__name__)
+        for table in ("_parameters", "_buffers", "_modules"):
+            getattr(copied, table).update(getattr(root, table))
+        copied._non_persistent_buffers_set = root._non_persistent_buffers_set
+        copied.meta.update(self.meta)
+        copied._caller = self._caller
+        memo[id(self)] = copied
+        return copied.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
+        """Move; cast only where no operation names a dtype: it may mean the model's, or float32 on purpose."""
+        own = {parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()}
+        if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in own) and _names_dtype(self.graph):
+            raise UnsupportedModelError(
+                f"this graph keeps the dtype that it was traced in ({', '.join(map(str, own))}), which some of its "
+                "operations name; cast the model and compile it again."
+            )
+        super()._apply(fn, recurse)
+        return self
+
     def train(self, mode: bool = True) -> CompiledModule:
         """Refuse training mode: dropout and losses were left out of the trace."""
         if mode:
@@ -144,6 +173,7 @@ def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor],
     """
     _strip_assertions(graph)
     _follow_device(graph, program)
+    tensors = {name: _own(tensor, program.tensors.get(name)) for name, tensor in tensors.items()}
     root = nn.Module()
     for tensor_name, tensor in tensors.items():
         _register(root, tensor_name, tensor, program)
@@ -163,6 +193,20 @@ def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor],
         _register(module, alias, _get(module, canonical), program)
     module._caller = Caller(program.call, _specs(program), name)
     return module.eval()
+
+
+def _names_dtype(graph: fx.Graph) -> bool:
+    """Tell whether any operation names a floating-point dtype."""
+    leaves = (leaf for node in graph.nodes for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))))
+    return any(isinstance(leaf, torch.dtype) and leaf.is_floating_point for leaf in leaves)
+
+
+def _own(tensor: torch.Tensor, original: torch.Tensor | None) -> torch.Tensor:
+    """Copy a tensor that is still the model's own: casting or loading into the graph must not reach the model."""
+    if tensor is not original:
+        return tensor
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _strip_assertions(graph: fx.Graph) -> None:
@@ -202,7 +246,7 @@ def _register(root: nn.Module, name: str, tensor: torch.Tensor, program: Program
     else:
         owner._parameters.pop(leaf, None)
         vars(owner).pop(leaf, None)
-        owner.register_buffer(leaf, tensor, persistent=name not in program.constants)
+        owner.register_buffer(leaf, tensor, persistent=name not in program.constants | program.transient)
 
 
 def _get(root: nn.Module, name: str) -> torch.Tensor:
