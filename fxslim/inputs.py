@@ -62,7 +62,17 @@ def bind(model: nn.Module, given: Any) -> tuple[dict[str, Any], ...]:
     missing = [name for name in names if defaults[name] is inspect.Parameter.empty and name not in kwargs]
     if missing:
         raise InputError(f"{type(model).__name__}.forward needs {missing}; add them to example_inputs.")
-    return (_ordered(names, kwargs),)
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        """Export takes one tensor given twice for one input."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        twice = id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.clone() if twice else leaf
+
+    return (_ordered(names, pytree.tree_map(own, kwargs)),)
 
 
 def _ordered(names: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +81,11 @@ def _ordered(names: tuple[str, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _positional(model: nn.Module, given: tuple[Any, ...], names: tuple[str, ...]) -> dict[str, Any]:
-    if not names or len(given) > len(names):
+    if not names:
+        raise InputError(
+            f"{type(model).__name__}.forward names no inputs (it takes *args); wrap it in a module whose forward does."
+        )
+    if len(given) > len(names):
         raise InputError(
             f"{type(model).__name__}.forward takes {list(names)}, but {len(given)} positional inputs were given; "
             "use a dict of keyword inputs."
@@ -180,6 +194,10 @@ def fresh(program: Program, *, seed: int, batch: int | None = None, length: int 
             continue
         value = nodes[name].meta["val"]
         shape = [_resize(size, axis, batch, length) for axis, size in enumerate(value.shape)]
+        for limit in program.ranges:
+            if limit.input == name:
+                high = shape[limit.axis] if limit.high is None else limit.high
+                shape[limit.axis] = max(limit.low, min(shape[limit.axis], high))
         made.append(_like(leaf, shape, generator))
     inputs: dict[str, Any] = pytree.tree_unflatten(made, spec)
     return inputs

@@ -49,6 +49,8 @@ class Slice(Frozen):
             units of the group are gone (keys and values shared by several query heads).
         hook: path of the module whose (first) input is this dimension, where masking that input masks the site; None
             where only the tensor itself can be masked.
+        direct: whether products read the tensor itself, at most moved or cast; where they read something computed from
+            it, zeros in the tensor say nothing.
     """
 
     tensor: Name
@@ -58,6 +60,7 @@ class Slice(Frozen):
     blocks: tuple[Block, ...]
     groups: tuple[Count, ...] | None = None
     hook: Name | None = None
+    direct: bool = True
 
     def owners(self) -> np.ndarray:
         """Return the owner of every row, -1 where a row stays.  (size,)"""

@@ -38,6 +38,16 @@ class CallSpec:
 
 
 @dataclass(frozen=True)
+class SizeRange:
+    """The sizes of one axis of one input for which the trace took the branches that it took."""
+
+    input: str
+    axis: int
+    low: int
+    high: int | None
+
+
+@dataclass(frozen=True)
 class Program:
     """A model as one functional ATen graph.
 
@@ -53,6 +63,8 @@ class Program:
         inputs: placeholder names of the user's inputs, in the order of the flattened example.
         call: how to call it.
         notes: what the user should know about the trace (sizes that had to be fixed, and why).
+        constants: names among ``tensors`` that ``forward`` made itself.
+        ranges: sizes for which the trace holds, where it does not hold for all.
         constants: names of tensors that tracing has lifted; no module of the model holds them.
         transient: names of buffers that the model's state_dict leaves out.
     """
@@ -65,6 +77,7 @@ class Program:
     call: CallSpec
     notes: tuple[str, ...] = ()
     constants: frozenset[str] = field(default_factory=frozenset)
+    ranges: tuple[SizeRange, ...] = ()
     transient: frozenset[str] = field(default_factory=frozenset)
 
     def tensor_name(self, node: object) -> str | None:

@@ -15,8 +15,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError, UnsupportedModelError
-from fxslim.program import CallSpec, Program, forward_parameters, is_symbolic
+from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic
 
+LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
@@ -96,11 +97,11 @@ def refuse(model: nn.Module) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence export's own warnings and logs; what matters is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # export prints graphs that it gave up on
             warnings.simplefilter("ignore")
             yield
@@ -184,9 +185,19 @@ def _program(
         out_spec=exported.call_spec.out_spec,
         trailing=trailing,
     )
-    notes = _fixed_sizes(graph, tuple(inputs))
+    ranges = _ranges(graph, tuple(inputs), exported)
+    notes = (*_fixed_sizes(graph, tuple(inputs)), *_range_notes(ranges))
     return Program(
-        graph, tensor_of, tensors, aliases, tuple(inputs), call, notes, frozenset(constants), _transient(model)
+        graph,
+        tensor_of,
+        tensors,
+        aliases,
+        tuple(inputs),
+        call,
+        notes,
+        constants=frozenset(constants),
+        transient=_transient(model),
+        ranges=ranges,
     )
 
 
@@ -262,6 +273,35 @@ def _inline_regions(graph: fx.Graph) -> None:
         if node.op == "call_function" and str(node.target) in REGION_OPS:
             _inline_regions(graph)
             return
+
+
+def _ranges(graph: fx.Graph, inputs: tuple[str, ...], exported: torch.export.ExportedProgram) -> tuple[SizeRange, ...]:
+    """Return the sizes for which the trace holds, where export found limits (beyond its own 0 and 1)."""
+    found = []
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if node.name not in inputs or not isinstance(value, torch.Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            limits = exported.range_constraints.get(size.node.expr) if is_symbolic(size) else None
+            if limits is None:
+                continue
+            low = int(limits.lower) if limits.lower.is_Integer else 0
+            high = int(limits.upper) if limits.upper.is_Integer and int(limits.upper) < UNBOUNDED else None
+            if low > 2 or high is not None:
+                found.append(SizeRange(node.name, axis, low if low > 2 else 0, high))
+    return tuple(found)
+
+
+UNBOUNDED = 1 << 40
+
+
+def _range_notes(ranges: tuple[SizeRange, ...]) -> tuple[str, ...]:
+    return tuple(
+        f"{r.input}: the graph form takes sizes from {r.low} up to {r.high or 'any'} along axis {r.axis}; "
+        "others take another branch of forward or lie beyond its tables (the module form takes what the model takes)."
+        for r in ranges
+    )
 
 
 def _fixed_sizes(graph: fx.Graph, inputs: tuple[str, ...]) -> tuple[str, ...]:

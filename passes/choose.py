@@ -170,6 +170,7 @@ def measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> Measured:
             alive = np.zeros(site.units if piece.groups is None else max(piece.groups) + 1, dtype=bool)
             np.logical_or.at(alive, owner[owned], _nonzero(tensor, piece.dim, squares)[owned])
             zero &= ~(alive if piece.groups is None else alive[list(piece.groups)])
+            zero &= piece.direct
         if piece.groups is None:
             np.add.at(own, owner[owned], squares[owned])
         elif piece.groups == site.groups:

@@ -141,7 +141,9 @@ def _likewise(
             edits.append(edit.model_copy(update={"module": module, "keep": part.keep}))
             continue
         owner: Any = model.get_submodule(module)
-        old = getattr(owner.config if isinstance(edit, ConfigEdit) else owner, edit.name)
+        old = getattr(owner.config if isinstance(edit, ConfigEdit) else owner, edit.name, None)
+        if old is None:
+            continue  # looks alike and is not; the verification will say so
         same = {"module": module, "old": old}
         edits.extend(edit.model_copy(update=same | {"new": new}) for new in sorted(sizes.get(old, ()))[:1])
     return edits
@@ -313,7 +315,7 @@ class _Trial:
             return False
         want = [want for t, want in zip(out, call.out, strict=True) if t.shape == want.shape]
         worst, scale = distance(want, mine)
-        close = max(CLOSE.get(t.dtype, 1e-3) for t in want)
+        close = max((CLOSE.get(t.dtype, 1e-3) for t in want), default=1e-3)
         return worst <= close * max(scale, 1e-12)
 
 

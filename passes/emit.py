@@ -16,7 +16,13 @@ from torch.utils import _pytree as pytree
 
 from fxslim.errors import InputError, UnsupportedModelError
 from fxslim.passes.annotate import ASSERTIONS, operation
-from fxslim.program import CallSpec, Program, hint, is_symbolic
+from fxslim.program import CallSpec, Program, SizeRange, hint, is_symbolic
+
+OPTIONS = (bool, int, float, str)
+CACHE_FREE = frozenset(
+    {("use_cache", False), ("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)}
+)
+"""Options whose default is None and that say what a graph does anyway: it returns no cache and nothing extra."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,13 @@ class Caller:
         call: the traced call.
         inputs: (name, fixed sizes by axis, dtype) of every leaf of the example; None where a leaf is no tensor.
         name: what to call the model in errors.
+        ranges: sizes for which the trace holds.
     """
 
     call: CallSpec
     inputs: tuple[tuple[str, Mapping[int, int], bool] | None, ...]
     name: str
+    ranges: tuple[SizeRange, ...] = ()
 
     def bind(self, given: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of the inputs in the graph's order; raise InputError for anything that was not traced."""
@@ -50,10 +58,11 @@ class Caller:
         return leaves
 
     def _harmless(self, name: str, value: Any) -> bool:
+        """Tell whether a value given for something that was not traced means what was traced."""
         default = self.call.defaults.get(name, inspect.Parameter.empty)
-        if value is None or value is False or value is default:
-            return True
-        return (name == "return_dict" and value is True) or (not isinstance(value, torch.Tensor) and value == default)
+        if value is None or value is default or (isinstance(value, OPTIONS) and value == default):
+            return default is None or value is default or value == default
+        return default is None and (name, value) in CACHE_FREE
 
     def _leaves(self, name: str, traced: Any, given: Mapping[str, Any]) -> list[Any]:
         value = given.get(name)
@@ -63,7 +72,7 @@ class Caller:
             main = next(v for k, v in given.items() if isinstance(v, torch.Tensor) and k in self.call.example)
             return [torch.ones(main.shape[: traced.ndim], dtype=traced.dtype, device=main.device)]
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(traced)):
-            if value is not None and value != traced:
+            if value is not traced and value != traced:
                 raise InputError(f"{self.name} was compiled with {name}={traced!r}; it cannot take {value!r}.")
             return pytree.tree_leaves(traced)
         if isinstance(traced, torch.Tensor) and not isinstance(value, torch.Tensor):
@@ -88,6 +97,15 @@ class Caller:
                     f"{self.name} was traced; compile with example_inputs of that size, or use fxslim.slim."
                 )
 
+        for limit in self.ranges:
+            size = leaf.shape[limit.axis] if limit.input == name and leaf.ndim > limit.axis else limit.low
+            if size < limit.low or (limit.high is not None and size > limit.high):
+                raise InputError(
+                    f"input {name!r} has size {size} along axis {limit.axis}; this graph of {self.name} holds for "
+                    f"sizes from {limit.low} up to {limit.high or 'any'}. Compile with example_inputs of that size, "
+                    "or use fxslim.slim."
+                )
+
     def result(self, leaves: Any) -> Any:
         """Return the results as the model returns them."""
         return pytree.tree_unflatten(list(leaves), self.call.out_spec)
@@ -99,10 +117,11 @@ class CallCodeGen(CodeGen):
     def __init__(self, call: CallSpec) -> None:
         super().__init__()
         self.names = tuple(dict.fromkeys([*call.names, *call.example]))
+        self.defaults = {n: d for n, d in call.defaults.items() if isinstance(d, OPTIONS)}
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
         """Return the head of ``forward``."""
-        parameters = ", ".join(f"{name}=None" for name in self.names)
+        parameters = ", ".join(f"{name}={self.defaults.get(name)!r}" for name in self.names)
         given = ", ".join(f"{name!r}: {name}" for name in self.names)
         placeholders = ", ".join(name.split(":")[0].split("#")[0].split("=")[0].strip() for name in free_vars)
         bound = f"{placeholders}, = " if placeholders else ""
@@ -191,7 +210,7 @@ def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor],
         _register(module, tensor_name, tensor, program)
     for alias, canonical in program.aliases.items():
         _register(module, alias, _get(module, canonical), program)
-    module._caller = Caller(program.call, _specs(program), name)
+    module._caller = Caller(program.call, _specs(program), name, program.ranges)
     return module.eval()
 
 

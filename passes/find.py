@@ -262,8 +262,11 @@ class _Search:
         tensor, dim = key
         role: Literal["in", "out"] = "in" if key in self.incoming else "out"
         hook = self._hook(key) if role == "in" else None
+        direct = role == "out" or not self.computed.intersection(rows.tolist())
         if (single >= 0).any():
-            yield Slice(tensor=tensor, dim=dim, size=len(rows), role=role, blocks=blocks_of(single), hook=hook)
+            yield Slice(
+                tensor=tensor, dim=dim, size=len(rows), role=role, blocks=blocks_of(single), hook=hook, direct=direct
+            )
         several = {int(c): shared[int(c)] for c in np.unique(rows) if int(c) in shared}
         if not several:
             return
@@ -277,7 +280,16 @@ class _Search:
             return
         owner = np.array([numbers[several[c]] if c in several else -1 for c in rows.tolist()])
         yield Slice(tensor=tensor, dim=dim, size=len(rows), role=role, blocks=blocks_of(owner),
-                    groups=tuple(int(g) for g in groups), hook=hook)  # fmt: skip
+                    groups=tuple(int(g) for g in groups), hook=hook, direct=direct)  # fmt: skip
+
+    @cached_property
+    def computed(self) -> frozenset[int]:
+        """Components that some product reads through more than a move or a cast of one tensor."""
+        found: set[int] = set()
+        for use in self.labels.contracted:
+            if not _moved_tensor(self.program, use.weight):
+                found.update(np.unique(self.components.of[use.labels.numpy()]).tolist())
+        return frozenset(found)
 
     def _hook(self, key: tuple[str, int]) -> str | None:
         """Return the module whose only input ends in the dimension, in each of the calls that use the tensor."""
@@ -381,6 +393,18 @@ class _Search:
                     (refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels"
                 )
             yield Refusal(key[0], len(rows), reason)
+
+
+def _moved_tensor(program: Program, node: fx.Node | None) -> bool:
+    """Tell whether a value is one tensor of the model, at most moved or cast."""
+    while node is not None and node.op == "call_function":
+        if operation(node) not in (*MOVES, *COPIES) or len(node.all_input_nodes) != 1:
+            return False
+        node = node.all_input_nodes[0]
+    return node is not None and program.tensor_name(node) is not None
+
+
+COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias")
 
 
 def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:

@@ -36,7 +36,7 @@ class Path:
     generate: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
-        """Return the floating-point results of the model along this path."""
+        """Return the tensors that the model returns along this path."""
         with torch.no_grad(), evaluating(model), _attention(model, self.attention):
             if self.generate:
                 return _generate(model, self.inputs)
@@ -45,9 +45,8 @@ class Path:
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
-    """Return the floating-point tensors in a model's result."""
-    leaves = pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    """Return the tensors in a model's result."""
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
 def paths(model: nn.Module, inputs: Mapping[str, Any], *, filled: frozenset[str] = frozenset()) -> tuple[Path, ...]:

@@ -66,6 +66,9 @@ def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Fam
     name = f"{module}:{kind}" if module else kind
     if name in taken:
         name = f"{name}@{consumers[0].removesuffix('.weight').removeprefix(module).strip('.')}"
+    base, number = name, 2
+    while name in taken:
+        name, number = f"{base}#{number}", number + 1
     roles = dict(match.roles) if match is not None and kind == match.kind else {}
     return Site(name=name, kind=kind, module=module, units=family.units, groups=family.groups, slices=family.slices,
                 roles=roles, task_head=head)  # fmt: skip

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxslim.errors import FxslimError, VerifyError
+from fxslim.errors import FxslimError, InputError, VerifyError
 from fxslim.passes.mask import masked
 from fxslim.passes.paths import Path
 from fxslim.plan import Plan
@@ -23,6 +23,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Largest difference allowed, relative to the output's largest absolute value, by the lowest dtype inside the model."""
 INNER_FLOAT32 = 1e-6
 """The same for a float64 model that computes parts in float32."""
+SMALL = 1e-6
+"""Outputs smaller than this, against the largest one, are compared by the largest one's scale times this."""
 HALF = 0.05
 """The same for half-precision models that are too large for a float32 copy."""
 LARGE = 1_000_000_000
@@ -111,6 +113,11 @@ def compare(model: nn.Module, small: nn.Module, plan: Plan, references: Sequence
             site, max_abs = first_wrong(model, small, plan, path)
             raise VerifyError(site, max_abs or measured.max_abs, measured.tolerance, path.name)
         differences.append(measured)
+    if references and not any(t.numel() for reference in references for t in reference.outputs):
+        raise InputError(
+            "nothing could be compared: the model returned no tensor with elements on these inputs; give "
+            "example_inputs that are not empty."
+        )
     return Verification(tuple(differences))
 
 
@@ -148,38 +155,80 @@ def _same_shapes(reference: list[torch.Tensor], found: list[torch.Tensor], path:
         raise VerifyError("output", float("inf"), 0.0, f"{path.name}: shapes {shapes[1]} instead of {shapes[0]}")
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How far two tensors are apart, and the largest value of the reference that is no stand-in for infinity."""
+
+    max_abs: float
+    scale: float
+
+
+def gap(reference: torch.Tensor, found: torch.Tensor, *, count: torch.Tensor | None = None) -> Gap:
+    """Measure one tensor; equal infinities and equal stand-ins for them (the dtype's minimum) do not differ.
+
+    Args:
+        reference: the reference.
+        found: the tensor to compare.
+        count: which positions count; None for all.
+    """
+    limit = torch.finfo(reference.dtype).max / 4 if reference.is_floating_point() else float("inf")
+    if reference.is_complex():
+        reference, found = torch.view_as_real(reference), torch.view_as_real(found)
+    a, b = reference.double(), found.double().to(reference.device)
+    same = (a == b) | (a.isnan() & b.isnan())
+    if count is not None:
+        same = same | ~count
+    difference = torch.where(same, torch.zeros_like(a), (a - b).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    usual = a[a.isfinite() & (a.abs() < limit)]
+    return Gap(
+        float(difference.max()) if difference.numel() else 0.0, float(usual.abs().max()) if usual.numel() else 0.0
+    )
+
+
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> tuple[float, float]:
-    """Return the largest absolute difference and the largest absolute value; equal infinities do not differ."""
-    worst, scale = 0.0, 0.0
-    for a, b in zip(first, second, strict=True):
-        a, b = a.double(), b.double().to(a.device)
-        same = (a == b) | (a.isnan() & b.isnan())
-        difference = torch.where(same, torch.zeros_like(a), (a - b).abs())
-        worst = max(worst, float(difference.max()) if difference.numel() else 0.0, key=_nan_last)
-        finite = a[a.isfinite()]
-        scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
-    return worst, scale
-
-
-def _nan_last(value: float) -> float:
-    return float("inf") if value != value else value
+    """Return the largest difference over several tensors, and the scale of the tensor in which it is largest."""
+    gaps = [gap(a, b) for a, b in zip(first, second, strict=True)]
+    worst = max(gaps, key=lambda g: g.max_abs / max(g.scale, 1e-30), default=Gap(0.0, 0.0))
+    return worst.max_abs, worst.scale
 
 
 def _full(reference: Reference, found: list[torch.Tensor]) -> Difference:
-    worst, scale = distance(reference.outputs, found)
-    outer = max((t.dtype for t in reference.outputs), key=lambda d: torch.finfo(d).eps, default=torch.float32)
+    """Compare with the plain tolerance, each output by its own scale; whole numbers have to be equal."""
+    floating = [t for t in reference.outputs if t.is_floating_point() or t.is_complex()]
+    outer = max((t.dtype for t in floating), key=lambda d: torch.finfo(d).eps, default=torch.float64)
     inner_float32 = outer == torch.float64 and reference.lowest != torch.float64
     relative = INNER_FLOAT32 if inner_float32 else TOLERANCE.get(reference.lowest, HALF)
-    return Difference(reference.path.name, worst, scale, relative * max(scale, 1e-30))
+    pairs = list(zip(reference.outputs, found, strict=True))
+    gaps = [gap(a, b) for a, b in pairs]
+    allowed = [
+        relative * max(g.scale, SMALL * max(h.scale for h in gaps), 1e-30)
+        if a.is_floating_point() or a.is_complex()
+        else 0.0
+        for g, (a, _) in zip(gaps, pairs, strict=True)
+    ]
+    return _worst(reference.path, gaps, allowed)
 
 
 def _half(reference: Reference, found: list[torch.Tensor]) -> Difference:
-    """Against a wider dtype: at most twice the masked dense model's own rounding."""
+    """Against a wider dtype: at most twice the masked dense model's own rounding, where that is finite."""
     assert reference.exact is not None
-    own, scale = distance(reference.exact, reference.outputs)
-    worst, _ = distance(reference.exact, found)
-    floor = torch.finfo(reference.lowest).eps * scale
-    return Difference(reference.path.name, worst, scale, 2 * max(own, floor))
+    gaps, allowed = [], []
+    eps = torch.finfo(reference.lowest).eps
+    for exact, own, new in zip(reference.exact, reference.outputs, found, strict=True):
+        if not (own.is_floating_point() or own.is_complex()):
+            continue  # rounding decides ties
+        finite = own.isfinite() & exact.isfinite() & (own.abs() < torch.finfo(own.dtype).max / 4)
+        rounding = gap(exact, own, count=finite)
+        gaps.append(gap(exact, new, count=finite))
+        allowed.append(2 * max(rounding.max_abs, eps * rounding.scale))
+    return _worst(reference.path, gaps, allowed)
+
+
+def _worst(path: Path, gaps: list[Gap], allowed: list[float]) -> Difference:
+    """Return the output that comes nearest to its tolerance, or goes furthest beyond."""
+    rows = list(zip(gaps, allowed, strict=True))
+    worst, tolerance = max(rows, key=lambda row: row[0].max_abs / max(row[1], 1e-300), default=(Gap(0.0, 0.0), 0.0))
+    return Difference(path.name, worst.max_abs, worst.scale, tolerance)
 
 
 def first_wrong(model: nn.Module, small: nn.Module, plan: Plan, path: Path) -> tuple[str, float]:

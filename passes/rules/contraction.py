@@ -47,7 +47,8 @@ def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tupl
                 walk.produced.append(Use(node, labels.reshape(-1)))
                 continue
             axis = letters.index(space[min(summed_axes)]) if len(summed_axes) == 1 else None
-            walk.contracted.append(Use(node, labels.reshape(-1), activation, axis))
+            weight_node = _arguments(node)[weights.index(True)]
+            walk.contracted.append(Use(node, labels.reshape(-1), activation, axis, weight_node))
             if other.origin == CONSTANT:
                 _require_labels(walk, node, labels, other)
     joined = walk.join(operands, shape)

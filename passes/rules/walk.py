@@ -37,12 +37,14 @@ class Use:
         labels: the parameter's labels along the axis.
         activation: the argument that the parameter multiplies.
         axis: the axis of the activation that meets the parameter's (only where it is summed over).
+        weight: the argument that is the parameter, or is computed from it.
     """
 
     node: fx.Node
     labels: torch.Tensor
     activation: fx.Node | None = None
     axis: int | None = None
+    weight: fx.Node | None = None
 
 
 @dataclass
