@@ -60,8 +60,8 @@ def replay(module: nn.Module, plan: Plan) -> nn.Module:
     return module
 
 
-def _check(module: nn.Module, plan: Plan) -> None:
-    tensors = _tensors(module)
+def _check(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tensor] | None = None) -> None:
+    tensors = _tensors(module) | dict(computed or {})
     for part in plan.sites:
         for piece in part.site.slices:
             tensor = tensors.get(piece.tensor)
@@ -164,6 +164,8 @@ def apply_edit(module: nn.Module, edit: AnyEdit) -> None:
     owner = module.get_submodule(edit.module)
     if isinstance(edit, AttributeEdit):
         setattr(owner, edit.name, edit.new)
+        if edit.name == "groups" and isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            owner.in_channels = owner.weight.shape[1] * edit.new
     elif isinstance(edit, ConfigEdit):
         owner.config = overlay(owner.config, {edit.name: edit.new})
     elif isinstance(edit, GatherEdit):

@@ -662,7 +662,7 @@ def test_results_can_be_copied(form: str) -> None:
     assert difference(expected, outputs(copied, ids())) == 0
 
 
-@pytest.mark.parametrize("name", ["bert_classify", "gpt2", "llama_gqa", "bart"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
 def test_both_forms_exchange_their_weights(name: str) -> None:
     model = ARCHITECTURES[name].build()
     small, graph = fxslim.slim(model, ffn=0.5, heads=0.5), fxslim.compile(model, ffn=0.5, heads=0.5)
@@ -684,8 +684,11 @@ def test_both_forms_exchange_their_weights(name: str) -> None:
 # Kinds of models ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*(("bert", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+     ("llama_gqa", torch.float32), ("llama_gqa", torch.bfloat16)],
+)  # fmt: skip
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
     model = ARCHITECTURES[name].build(dtype)
     small, graph = fxslim.slim(model, ffn=0.5, heads=0.5), fxslim.compile(model, ffn=0.5, heads=0.5)
@@ -699,7 +702,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
         assert difference(expected, outputs(made, inputs)) <= loose
 
 
-@pytest.mark.parametrize("name", ["bert_classify", "llama_gqa", "clip"])
+@pytest.mark.parametrize("name", ["bert_classify", "llama_gqa"])
 def test_models_on_meta_are_inspected_and_planned_without_weights(name: str) -> None:
     real, entry = ARCHITECTURES[name].build(), ARCHITECTURES[name]
     with torch.device("meta"):

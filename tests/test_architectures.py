@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fxslim
+from fxslim.passes import pipelines
 from fxslim.plan import Plan, Site, Slice
+from fxslim.program import Program
 
 from agreement import difference, outputs, random_plan, tolerance
 from architectures import ARCHITECTURES, Attention
@@ -35,9 +37,33 @@ def _quiet() -> Iterator[None]:
     transformers.logging.set_verbosity(verbosity)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_trace_per_model() -> Iterator[None]:
+    """Trace each model once: a program is never edited, and tracing is nine tenths of every call."""
+    traced: dict[int, Program] = {}
+
+    def trace(model: nn.Module, *candidates: Any, filled: frozenset[str]) -> Program:
+        if model not in BUILT:
+            return pipelines_trace(model, *candidates, filled=filled)
+        if id(model) not in traced:
+            traced[id(model)] = pipelines_trace(model, *candidates, filled=filled)
+        return traced[id(model)]
+
+    pipelines_trace = pipelines.trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines, "trace", trace)
+        yield
+
+
+BUILT: set[nn.Module] = set()
+"""Models that live as long as the tests here, and do not change."""
+
+
 @functools.cache
 def built(name: str, attn: Attention) -> Any:
-    return ARCHITECTURES[name].build(torch.float64, attn)
+    model = ARCHITECTURES[name].build(torch.float64, attn)
+    BUILT.add(model)
+    return model
 
 
 @functools.cache
