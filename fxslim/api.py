@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from fxslim.errors import InputError, VerifyError
+from fxslim.errors import InputError, RequestError, VerifyError
 from fxslim.inputs import bind
 from fxslim.passes import pipelines as lines
 from fxslim.passes.choose import Request, select
@@ -147,13 +148,18 @@ def slim(
         VerifyError: masked and narrowed differ; otherwise as `plan`, and PlanError for a plan of another model.
     """
     request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
+    lossless = plan is None and request.lossless
+    quick, thorough = (lines.slim_passes(thorough=t, lossless=lossless) for t in (False, True))
     try:
-        small, record = _narrow(model, example_inputs, plan, request, lines.SLIM, progress, observer)
+        small, record = _narrow(model, example_inputs, plan, request, quick, progress, observer)
     except VerifyError:
-        small, record = _narrow(model, example_inputs, plan, request, lines.SLIM_THOROUGH, progress, observer)
+        small, record = _narrow(model, example_inputs, plan, request, thorough, progress, observer)
     if inplace:
         settle(model)
         small = replay(model, record.plan)
+    earlier = getattr(model, "fxslim", None)
+    if isinstance(earlier, Record):  # narrowed before: say what was done to the dense model
+        record = dataclasses.replace(record, plan=earlier.plan.then(record.plan))
     config = getattr(small, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         config.fxslim = record.plan.model_dump(mode="json", exclude_none=True)
@@ -205,7 +211,7 @@ def compile(
         VerifyError: masked and narrowed differ; otherwise as `slim`.
     """
     request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
-    last = lines.compile_passes(narrow=narrow)
+    last = lines.compile_passes(narrow=narrow, lossless=plan is None and request.lossless)
     graph, record = _narrow(model, example_inputs, plan, request, last, progress, observer)
     assert isinstance(graph, CompiledModule)
     graph.meta["fxslim"] = record
@@ -278,7 +284,7 @@ def _run(
     pipeline: Pipeline, given: list[Any], observer: Observer | None, *others: Observer, progress: bool = False
 ) -> Facts:
     observers = (*others, *([observer] if observer is not None else []))
-    with _bar(pipeline, visible=progress) as advance:
+    with torch.random.fork_rng(), _bar(pipeline, visible=progress) as advance:
         return pipeline.run(*given, observers=(*observers, advance))
 
 
@@ -324,4 +330,7 @@ def _request(
 def _globs(given: str | Iterable[str] | None) -> tuple[str, ...]:
     if given is None:
         return ()
-    return (given,) if isinstance(given, str) else tuple(given)
+    globs = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise RequestError(f"include= and skip= take globs over module paths, not {given!r}.")
+    return globs

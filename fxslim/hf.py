@@ -131,6 +131,12 @@ def save_pretrained(
             f"save_pretrained takes what fxslim.slim returns for a model of transformers, not {type(small).__name__}"
             + (" without a plan." if record is None else "; save the state_dict and the plan's to_json() instead.")
         )
+    dtypes = {p.dtype for p in small.parameters() if p.is_floating_point()}
+    if len(dtypes) > 1:
+        raise InputError(
+            f"the model mixes {', '.join(sorted(map(str, dtypes)))}, which from_pretrained does not restore; cast it "
+            "to one dtype first, for example with small.to(torch.float32)."
+        )
     with replacing(Path(folder), force=force) as staging:
         small.save_pretrained(staging)
         (staging / PLAN_FILE).write_text(record.plan.to_json() + "\n", encoding="utf-8")

@@ -317,6 +317,34 @@ class Plan(Frozen):
         rows.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
         return "\n".join(rows if self.sites else ["nothing to take out", *rows[1:]])
 
+    def then(self, other: Plan) -> Plan:
+        """Return the plan that does this one and then, on the result, another.
+
+        The composition is in terms of the dense model that this plan was made for.
+        """
+        rows = self.removed_rows()
+        mine = {part.site.name: part for part in self.sites}
+        sites = dict(mine)
+        for part in other.sites:
+            before = mine.get(part.site.name)
+            if before is not None:
+                keep = tuple(before.keep[unit] for unit in part.keep)
+                sites[part.site.name] = before.model_copy(update={"keep": keep})
+            else:
+                slices = tuple(_widened(piece, rows.get((piece.tensor, piece.dim))) for piece in part.site.slices)
+                site = part.site.model_copy(update={"slices": slices})
+                sites[part.site.name] = part.model_copy(update={"site": site})
+        return self.model_copy(
+            update={
+                "sites": tuple(sites.values()),
+                "edits": _chained(self.edits, other.edits),
+                "zeroed": tuple(dict.fromkeys((*self.zeroed, *other.zeroed))),
+                "requested": {**self.requested, **other.requested},
+                "notes": (*self.notes, *other.notes),
+                "weights_changed": self.weights_changed or other.weights_changed,
+            }
+        )
+
     def removed_rows(self) -> dict[tuple[str, int], np.ndarray]:
         """Return which rows of which tensor dimension go.  (tensor, dim) -> (size,) bool"""
         rows: dict[tuple[str, int], np.ndarray] = {}
@@ -329,3 +357,29 @@ class Plan(Frozen):
                     raise PlanError(f"two slices of {piece.tensor} disagree about its size")
                 rows[key] = rows[key] | removed if key in rows else removed
         return rows
+
+
+def _widened(piece: Slice, gone: np.ndarray | None) -> Slice:
+    """Return a slice of a narrowed tensor in terms of the tensor before."""
+    if gone is None or not gone.any():
+        return piece
+    owner = np.full(len(gone), -1, dtype=np.int64)
+    owner[~gone] = piece.owners()
+    return piece.model_copy(update={"size": len(gone), "blocks": blocks_of(owner)})
+
+
+def _chained(first: tuple[AnyEdit, ...], second: tuple[AnyEdit, ...]) -> tuple[AnyEdit, ...]:
+    """Return edits that do the first ones and then the second ones."""
+    made = {(edit.edit, edit.module, edit.name): edit for edit in first}
+    for edit in second:
+        key = (edit.edit, edit.module, edit.name)
+        before = made.get(key)
+        if before is None:
+            made[key] = edit
+        elif isinstance(edit, GatherEdit | AttentionEdit):
+            assert isinstance(before, GatherEdit | AttentionEdit)
+            keep = tuple(before.keep[head] for head in edit.keep)
+            made[key] = before.model_copy(update={"keep": keep})
+        else:
+            made[key] = before.model_copy(update={"new": edit.new})
+    return tuple(made.values())

@@ -45,17 +45,37 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
     return _program(model, shadow, exported, example, filled)
 
 
-def share(module: nn.Module) -> nn.Module:
-    """Copy a module tree that shares every parameter and buffer with the original."""
+def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
+    """Copy a module tree that shares every parameter with the original.
+
+    Args:
+        module: the original.
+        buffers: whether buffers, and weights that a forward renormalises in place, are shared as well.
+
+    Raises:
+        UnsupportedModelError: the module holds something that cannot be copied.
+    """
     memo: dict[int, Any] = {}
     for child in module.modules():
-        for tensor in [*child._parameters.values(), *child._buffers.values()]:
-            if tensor is not None:
-                memo[id(tensor)] = tensor
         for value in vars(child).values():
             if isinstance(value, torch.Tensor):
                 memo[id(value)] = value
-    return copy.deepcopy(module, memo)
+        for tensor in child._parameters.values():
+            if tensor is not None:
+                memo[id(tensor)] = tensor
+        for tensor in child._buffers.values():
+            if tensor is not None:
+                memo[id(tensor)] = tensor if buffers else tensor.detach().clone()
+    for child in module.modules():
+        if not buffers and getattr(child, "max_norm", None) is not None and isinstance(child.weight, nn.Parameter):
+            memo[id(child.weight)] = nn.Parameter(child.weight.detach().clone(), child.weight.requires_grad)
+    try:
+        return copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}); take what copy.deepcopy refuses "
+            "(locks, generators, stored activations) off the model first."
+        ) from error
 
 
 def without_caches(module: nn.Module) -> None:

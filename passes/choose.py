@@ -69,13 +69,16 @@ class Choice:
     notes: tuple[Note, ...]
 
 
-def choose(sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], request: Request) -> Choice:
+def choose(
+    sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], request: Request, *, refused: Sequence[Note] = ()
+) -> Choice:
     """Choose what goes at every selected site.
 
     Args:
         sites: every site of the model.
         tensors: canonical tensor name -> tensor.
         request: what was asked for.
+        refused: consumers whose channels have to stay, to be named where channels were asked for.
 
     Raises:
         RequestError: a glob matches nothing.
@@ -100,6 +103,8 @@ def choose(sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], request: 
             keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
             plans.append(SitePlan(site=site, keep=keep))
     notes.extend(_unmet(selected, request))
+    if not request.lossless:
+        notes.extend(refused)
     return Choice(tuple(plans), tuple(_merged(notes)))
 
 
@@ -244,7 +249,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
         short = request.ffn and not gone.any()
         return gone, f"ffn={request.ffn} of {site.units} channels is less than one" if short else ""
     if site.kind != "attention":
-        return gone, ""
+        return gone, "no pattern names this site, so neither ffn= nor heads= reaches it"
     note = ""
     groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else _members(site)
     if request.kv_groups:

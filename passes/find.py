@@ -54,11 +54,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A consumer whose channels stay, and why."""
+    """A consumer whose channels stay, and why; ``inner`` where a single linear produces them (no residual stream)."""
 
     tensor: str
     channels: int
     reason: str
+    inner: bool = False
 
 
 @dataclass(frozen=True)
@@ -373,6 +374,12 @@ class _Search:
                 rows.append((node, np.unique(self.components.of[np.concatenate(own)])))
         return rows
 
+    def _produced_by_one(self, components: np.ndarray) -> bool:
+        """Tell whether one linear produces all these channels and this is the only place where they are summed over."""
+        owned = np.asarray(self.counts[components].sum(axis=0)).reshape(-1) > 0
+        mine = [key for key, own in zip(self.keys, owned.tolist(), strict=True) if own]
+        return sum(key in self.outgoing for key in mine) == 1 and sum(key in self.incoming for key in mine) == 1
+
     def _refusals(self, taken: set[int], refused: dict[int, str]) -> Iterator[Refusal]:
         """Say of every consumer outside the families why its channels stay."""
         for key in self.keys:
@@ -392,7 +399,7 @@ class _Search:
                 reason = next(
                     (refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels"
                 )
-            yield Refusal(key[0], len(rows), reason)
+            yield Refusal(key[0], len(rows), reason, self._produced_by_one(distinct))
 
 
 def _moved_tensor(program: Program, node: fx.Node | None) -> bool:

@@ -21,8 +21,15 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
     Where a consumer's weight is not read by its own module's call, its columns are zeroed for the time being instead.
     """
-    _check(model, plan)
+    computed = _computed(model, plan)
+    _check(model, plan, computed)
     hooked, columns = _places(plan)
+    for name, _ in columns:
+        if name in computed:
+            raise PlanError(
+                f"{name} is computed at every call (pruned or parametrized) and has to be masked itself; make it "
+                "permanent first, with torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
+            )
     handles: list[Any] = []
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     tensors = _tensors(model)
@@ -42,6 +49,24 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             handle.remove()
         for tensor, values in reversed(saved):
             tensor.data.copy_(values)
+
+
+def _computed(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the plan's tensors that pruning or parametrizations compute: attributes that are no parameters."""
+    known = _tensors(model)
+    found: dict[str, torch.Tensor] = {}
+    for part in plan.sites:
+        for piece in part.site.slices:
+            path, _, leaf = piece.tensor.rpartition(".")
+            if piece.tensor in known:
+                continue
+            try:
+                value = getattr(model.get_submodule(path), leaf)
+            except AttributeError:
+                continue  # the check names it
+            if isinstance(value, torch.Tensor):
+                found[piece.tensor] = value
+    return found
 
 
 def _places(plan: Plan) -> tuple[dict[str, np.ndarray], dict[tuple[str, int], np.ndarray]]:

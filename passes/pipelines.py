@@ -31,7 +31,7 @@ from fxslim.pipeline import Facts, Pass, Pipeline
 from fxslim.plan import Note, Plan, SitePlan
 from fxslim.program import Program
 from fxslim.report import Report, Verification
-from fxslim.trace import trace
+from fxslim.trace import share, trace
 
 MASKS = frozenset({"attention_mask", "decoder_attention_mask"})
 """Inputs that callers may leave out and that stand for ones then."""
@@ -43,7 +43,7 @@ class Subject:
 
     Attributes:
         original: the user's model; never changed.
-        model: the same, with computed weights made permanent (the original itself where there are none).
+        model: a copy that shares its weights, with computed weights made permanent and buffers of its own.
         example_inputs: what the user gave, or None.
     """
 
@@ -60,8 +60,8 @@ class Narrowed:
 
 
 def subject(model: nn.Module, example_inputs: Any) -> Subject:
-    """Prepare a model for a pipeline."""
-    return Subject(model, permanent(model), example_inputs)
+    """Prepare a model for a pipeline: what is run is a copy that shares the weights and has buffers of its own."""
+    return Subject(model, share(permanent(model), buffers=False), example_inputs)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ class Choose:
     def run(self, facts: Facts) -> Facts:
         """Choose."""
         model = facts.get(Subject).model
-        choice: Choice = choose(facts.get(Sites).sites, facts.get(Program).tensors, self.request)
+        choice: Choice = choose(
+            facts.get(Sites).sites, facts.get(Program).tensors, self.request, refused=facts.get(Sites).refused
+        )
         return facts.adding(new_plan(model, choice, self.request))
 
 
@@ -236,10 +238,12 @@ class Refer:
     Attributes:
         graph: run only what a graph can run, and watch nothing.
         thorough: watch every module that holds sites, not one of each look.
+        lossless: compare the masked model with the dense one as well: nothing that is taken out may matter.
     """
 
     graph: bool = False
     thorough: bool = False
+    lossless: bool = False
 
     requires: ClassVar[tuple[type, ...]] = (Subject, Program, Plan)
     ensures: ClassVar[tuple[type, ...]] = (References,)
@@ -253,9 +257,12 @@ class Refer:
             )
         modules = () if self.graph else to_watch(model, plan, thorough=self.thorough)
         try:
-            return facts.adding(self._refer(program, model, plan, modules, fresh_sizes=True))
+            made = self._refer(program, model, plan, modules, fresh_sizes=True)
         except Exception:  # noqa: BLE001 - a model may refuse other sizes for reasons of its own
-            return facts.adding(self._refer(program, model, plan, modules, fresh_sizes=False))
+            made = self._refer(program, model, plan, modules, fresh_sizes=False)
+        if self.lossless and plan.sites:
+            compare(model, model, plan, made.references[:1])
+        return facts.adding(made)
 
     def _refer(
         self, program: Program, model: nn.Module, plan: Plan, modules: tuple[str, ...], *, fresh_sizes: bool
@@ -382,14 +389,16 @@ class Account:
 
 INSPECT: tuple[Pass, ...] = (Trace(), Annotate(), Find(), Name(), Order())
 CHECK_PLAN: tuple[Pass, ...] = (Reread(), Take())
-SLIM: tuple[Pass, ...] = (Refer(), NarrowModule(), Verify(), Account())
-SLIM_THOROUGH: tuple[Pass, ...] = (Refer(thorough=True), NarrowModule(), Verify(), Account())
-"""For models whose modules look alike and need different edits."""
 
 
-def compile_passes(*, narrow: bool) -> tuple[Pass, ...]:
+def slim_passes(*, thorough: bool, lossless: bool) -> tuple[Pass, ...]:
+    """Return the passes that narrow a module; thorough ones are for modules that look alike and need other edits."""
+    return (Refer(thorough=thorough, lossless=lossless), NarrowModule(), Verify(), Account())
+
+
+def compile_passes(*, narrow: bool, lossless: bool) -> tuple[Pass, ...]:
     """Return the passes that make a graph of a cut."""
-    return (Refer(graph=True), NarrowGraph(narrow=narrow), Verify(), Account())
+    return (Refer(graph=True, lossless=lossless), NarrowGraph(narrow=narrow), Verify(), Account())
 
 
 def choosing(request: Request) -> Pipeline:

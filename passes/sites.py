@@ -25,6 +25,7 @@ class Sites:
         sites: in the order of execution.
         families: site name -> its labels.
         pinned: consumers whose channels stay, with the reason.
+        refused: those among them whose channels come from one linear and go to this one alone: a narrowing refused.
         feeds: which site's output reaches which site's input without passing another.
         naming: what the patterns said.
     """
@@ -32,6 +33,7 @@ class Sites:
     sites: tuple[Site, ...]
     families: Mapping[str, Family]
     pinned: tuple[Note, ...]
+    refused: tuple[Note, ...]
     feeds: nx.DiGraph = field(compare=False)
     naming: Naming = field(compare=False)
 
@@ -55,7 +57,8 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
         sites.append(site)
         families[site.name] = family
     pinned = tuple(Note(where=r.tensor.removesuffix(".weight"), reason=r.reason) for r in found.refusals)
-    return Sites(tuple(sites), families, pinned, _feeds(program, labels, families), naming)
+    refused = tuple(note for note, refusal in zip(pinned, found.refusals, strict=True) if refusal.inner)
+    return Sites(tuple(sites), families, pinned, refused, _feeds(program, labels, families), naming)
 
 
 def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Family]) -> Site:

@@ -208,6 +208,10 @@ def pad(walk: Walk, node: fx.Node) -> Any:
     widths = concrete(node.args[1])
     shape = sizes(node)
     padded = {len(shape) - 1 - i // 2 for i, width in enumerate(widths) if width}
+    if parameter(node, "mode", 2, "constant") not in ("constant", 0) and any(
+        axes_of(labels) & padded for labels in value.labels
+    ):
+        return walk.opaque(node, "padding a labelled axis with its own values")
     if any(axes_of(labels) & padded and len(axes_of(labels)) > 1 for labels in value.labels):
         return walk.opaque(node, "padding an axis of several labelled ones")
     moved = tuple(

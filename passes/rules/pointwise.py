@@ -14,9 +14,9 @@ LIKE_POINTWISE = (
     "aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.contiguous", "aten.clone", "aten.detach",
     "aten.alias", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.to", "aten._to_copy", "aten.type_as", "aten.where",
     "aten.masked_fill", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
-    "aten.randn_like", "aten.float", "aten.half", "aten.gelu", "aten.silu", "aten.mish", "aten.hardswish", "aten.prelu",
+    "aten.randn_like", "aten.float", "aten.half", "aten.gelu", "aten.silu", "aten.mish", "aten.hardswish",
     "aten.native_dropout", "aten._conj", "aten.resolve_conj", "aten.resolve_neg", "aten.positive", "aten.copy",
-    "aten.fill", "aten.masked_fill_", "aten.bernoulli", "aten.tril", "aten.triu", "aten.view_as", "aten.reshape_as",
+    "aten.fill", "aten.masked_fill_", "aten.bernoulli", "aten.view_as", "aten.reshape_as",
     "aten.selu", "aten.celu", "aten.elu", "aten.rrelu", "aten.softplus", "aten.nan_to_num", "aten.addcmul",
     "aten.addcdiv", "aten.lerp", "aten.type", "aten.bool", "aten.int", "aten.long", "aten.double", "aten.bfloat16",
     "aten.square", "aten.zero", "aten._assert_async",
@@ -33,6 +33,25 @@ def pointwise(walk: Walk, node: fx.Node) -> Any:
             return tuple(joined if isinstance(item, torch.Tensor) else None for item in value)
         return None
     return walk.join(walk.operands(node), sizes(node))
+
+
+@rule("aten.prelu", "aten._prelu_kernel")
+def prelu(walk: Walk, node: fx.Node) -> Value:
+    """Scale the negative part; a weight of several channels belongs to axis 1."""
+    value, weight = walk.value(node.args[0]), walk.value(node.args[1])
+    if len(weight.shape) == 1 and weight.shape[0] > 1:
+        spread = (1, weight.shape[0]) + (1,) * (len(value.shape) - 2)
+        weight = walk.move(weight, lambda t: t.reshape(spread), spread)
+    return walk.join([value, weight], sizes(node))
+
+
+@rule("aten.tril", "aten.triu")
+def triangle(walk: Walk, node: fx.Node) -> Any:
+    """Keep a triangle of the last two axes: where they are labelled, positions matter."""
+    value = walk.value(node.args[0])
+    if value.along(-1) is not None or value.along(-2) is not None:
+        return walk.opaque(node, f"{node.target} over labelled axes")
+    return value
 
 
 def is_pointwise(node: fx.Node) -> bool:
