@@ -60,12 +60,12 @@ def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
         for value in vars(child).values():
             if isinstance(value, torch.Tensor):
                 memo[id(value)] = value
-        for tensor in child._parameters.values():
-            if tensor is not None:
-                memo[id(tensor)] = tensor
-        for tensor in child._buffers.values():
-            if tensor is not None:
-                memo[id(tensor)] = tensor if buffers else tensor.detach().clone()
+        for parameter in child._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = parameter
+        for buffer in child._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = buffer if buffers else buffer.detach().clone()
     for child in module.modules():
         if not buffers and getattr(child, "max_norm", None) is not None and isinstance(child.weight, nn.Parameter):
             memo[id(child.weight)] = nn.Parameter(child.weight.detach().clone(), child.weight.requires_grad)
@@ -303,7 +303,8 @@ def _ranges(graph: fx.Graph, inputs: tuple[str, ...], exported: torch.export.Exp
         if node.name not in inputs or not isinstance(value, torch.Tensor):
             continue
         for axis, size in enumerate(value.shape):
-            limits = exported.range_constraints.get(size.node.expr) if is_symbolic(size) else None
+            symbol = getattr(size, "node", None)
+            limits = exported.range_constraints.get(symbol.expr) if symbol is not None else None
             if limits is None:
                 continue
             low = int(limits.lower) if limits.lower.is_Integer else 0

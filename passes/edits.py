@@ -336,14 +336,13 @@ def _attention_of(module: nn.Module, implementation: str | None) -> Iterator[Non
 def _restorer(holder: nn.Module, edit: AnyEdit) -> Callable[[], Any]:
     """Return what undoes an edit."""
     if isinstance(edit, GatherEdit):
-        hooks = (dict(holder._forward_pre_hooks), dict(holder._forward_pre_hooks_with_kwargs))
+        tables: list[Any] = [holder._forward_pre_hooks, holder._forward_pre_hooks_with_kwargs]
+        before = [dict(table) for table in tables]
 
         def restore() -> None:
-            for table, before in zip(
-                (holder._forward_pre_hooks, holder._forward_pre_hooks_with_kwargs), hooks, strict=True
-            ):
+            for table, entries in zip(tables, before, strict=True):
                 table.clear()
-                table.update(before)
+                table.update(entries)
 
         return restore
     name = edit.name if isinstance(edit, AttributeEdit) else "config"

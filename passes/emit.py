@@ -168,7 +168,7 @@ class CompiledModule(fx.GraphModule):
                 f"this graph keeps the dtype that it was traced in ({', '.join(map(str, own))}), which some of its "
                 "operations name; cast the model and compile it again."
             )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> CompiledModule:
