@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxslim.errors import FxslimError
     from fxslim.hf import from_pretrained, save_pretrained
     from fxslim.plan import Plan
+    from fxslim.transcript import Transcript
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = MappingProxyType(
         **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
         "FxslimError": "fxslim.errors",
         "Plan": "fxslim.plan",
+        "Transcript": "fxslim.transcript",
     }
 )
 """Public name -> the module that defines it."""
@@ -36,6 +38,7 @@ __all__ = [
     "Inspection",
     "Plan",
     "Report",
+    "Transcript",
     "__version__",
     "compile",
     "count",

@@ -18,15 +18,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"labels"}),
-    frozenset({"program", "plan", "site", "overlay"}),
-    frozenset({"trace", "inputs", "flow", "match", "forms", "pipeline", "text", "report", "count", "timer", "folder"}),
+    frozenset({"program", "plan", "overlay", "gather"}),
+    frozenset({"trace", "inputs", "flow", "match", "forms", "pipeline", "text", "report", "count", "timer", "folder", "transcript"}),
     frozenset({"passes"}),
     frozenset({"api"}),
     frozenset({"hf", "cli", "demo"}),
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""
 
-TRANSFORMERS = frozenset({"hf", "cli", "demo"})
+TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather"})
 """Modules whose subject is transformers: nothing else imports it."""
 
 
