@@ -59,10 +59,14 @@ class Caller:
 
     def _harmless(self, name: str, value: Any) -> bool:
         """Tell whether a value given for something that was not traced means what was traced."""
-        default = self.call.defaults.get(name, inspect.Parameter.empty)
-        if value is None or value is default or (isinstance(value, OPTIONS) and value == default):
-            return default is None or value is default or value == default
-        return default is None and (name, value) in CACHE_FREE
+        default = self.call.defaults.get(name)
+        if default is inspect.Parameter.empty:
+            default = None
+        if value is default:
+            return True
+        if not isinstance(value, OPTIONS):
+            return False
+        return value == default if isinstance(default, OPTIONS) else default is None and (name, value) in CACHE_FREE
 
     def _leaves(self, name: str, traced: Any, given: Mapping[str, Any]) -> list[Any]:
         value = given.get(name)
