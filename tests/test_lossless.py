@@ -10,13 +10,17 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 import fxslim
+from fxslim.errors import VerifyError
+from fxslim.passes import pipelines
+from fxslim.pipeline import Pipeline
 from fxslim.plan import Plan
 
-from agreement import EXACT, INNER_FLOAT32, difference, outputs, same_state, state
+from agreement import EXACT, INNER_FLOAT32, difference, outputs, random_plan, same_state, state
 from architectures import ARCHITECTURES
 
 D, HIDDEN, V = 8, 64, 5
@@ -340,3 +344,103 @@ def test_the_numbers_in_the_report_are_exact() -> None:
     rows = given().shape[0] * given().shape[1]
     assert report.macs_before == rows * HIDDEN * (D + V)
     assert report.macs_after == rows * (HIDDEN - 4) * (D + V)
+
+
+# Weights that are computed at every call ----------------------------------------------------------------------------
+
+
+class Concatenated(nn.Module):
+    """Two projections fused on the fly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, HIDDEN)), nn.Parameter(torch.randn(3, HIDDEN))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, torch.cat([self.a, self.b]))
+
+
+class Adapted(nn.Module):
+    """A weight with a low-rank correction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(V, HIDDEN))
+        self.a, self.b = nn.Parameter(torch.randn(2, HIDDEN)), nn.Parameter(torch.randn(V, 2))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self.weight + self.b @ self.a)
+
+
+class Exponential(nn.Module):
+    """Zeros in the parameter are ones in the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(V, HIDDEN))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self.weight.exp())
+
+
+def computed(consumer: type[nn.Module]) -> Any:
+    model = mlp()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model[2] = consumer().double()
+    return model
+
+
+COMPUTED = [(Concatenated, "a"), (Concatenated, "b"), (Adapted, "weight"), (Adapted, "a"), (Exponential, "weight")]
+
+
+@pytest.mark.parametrize(("consumer", "name"), COMPUTED, ids=[f"{c.__name__}.{n}" for c, n in COMPUTED])
+def test_zeros_in_part_of_a_computed_weight_say_nothing(consumer: type[nn.Module], name: str) -> None:
+    """Refusal: the column that a product reads is not zero, whatever one of its ingredients holds."""
+    model = computed(consumer)
+    zero(getattr(model[2], name), 1, [3, 7])
+    assert fxslim.plan(model, given()).sites == ()
+    unchanged(model, (given(7, 1),), fxslim.slim(model, given()), fxslim.compile(model, given()))
+
+
+@pytest.mark.parametrize("consumer", [Concatenated, Adapted, Exponential])
+def test_computed_weights_can_be_narrowed(consumer: type[nn.Module]) -> None:
+    """They make a site like any other, so it is the zeros alone that are not believed above."""
+    model, x = computed(consumer), given(7, 1)
+    plan = random_plan(model, fxslim.inspect(model, given()).sites, 0.5)
+    small, graph = (form(model, given(), plan=plan) for form in (fxslim.slim, fxslim.compile))
+    assert small[0].out_features == HIDDEN // 2
+    with fxslim.masked(model, plan):
+        expected = outputs(model, (x,))
+    assert difference(expected, outputs(small, (x,))) <= EXACT
+    assert difference(expected, outputs(graph, (x,))) <= EXACT
+
+
+def lossless(model: nn.Module, plan: Plan) -> None:
+    """Run the safety net alone: trace the model and compare masked with dense."""
+    passes = pipelines.Trace(), pipelines.Refer(graph=True, lossless=True)
+    Pipeline(passes, given=(pipelines.Subject, Plan)).run(pipelines.subject(model, given()), plan)
+
+
+def test_the_safety_net_catches_a_plan_that_loses_something() -> None:
+    """Should zeros ever be read wrongly, masked is not dense, and nothing is returned."""
+    model = mlp()
+    zero(model[2].weight, 1, [3])
+    plan = fxslim.plan(model, given())
+    assert gone(plan) == {"ffn": [3]}
+    lossless(model, plan)
+    wrong = plan.model_copy(update={"sites": (plan.sites[0].model_copy(update={"keep": tuple(range(1, HIDDEN))}),)})
+    assert gone(wrong) == {"ffn": [0]}
+    with pytest.raises(VerifyError, match="disagree at") as caught:
+        lossless(model, wrong)
+    assert caught.value.max_abs > 1e-3 > caught.value.tolerance
+
+
+def test_the_safety_net_is_part_of_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    wrong = fxslim.plan(model, given(), ffn=0.5)
+    monkeypatch.setattr(pipelines.Choose, "run", lambda self, facts: facts.adding(wrong))
+    for form in (fxslim.slim, fxslim.compile):
+        with pytest.raises(VerifyError, match="disagree at"):
+            form(model, given())
+        form(model, given(), ffn=0.5)  # asked for: masked and dense may differ

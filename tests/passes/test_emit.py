@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from typing import Any
 
@@ -126,3 +127,104 @@ def test_masks_that_may_be_left_out_are_ones() -> None:
     given, left_out = graph(ids, attention_mask=torch.ones_like(ids)), graph(ids)
     assert torch.equal(given.last_hidden_state, left_out.last_hidden_state)
     assert type(given).__name__ == "BaseModelOutputWithPoolingAndCrossAttentions"
+
+
+class _Branching(nn.Module):
+    """Computes something else for long sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(x)))
+        return y * 2 if x.shape[1] > 16 else y
+
+
+def test_a_graph_is_held_to_the_sizes_it_was_traced_for() -> None:
+    """Beyond them the model takes another branch, of which the graph knows nothing."""
+    model = _Branching().double().eval()
+    short, long = Stack((Feed(),)).inputs(3, 16), Stack((Feed(),)).inputs(3, 17)
+    graph = fxslim.compile(model, Stack((Feed(),)).inputs())
+    assert float((graph(short) - model(short)).detach().abs().max()) < 1e-12
+    with pytest.raises(InputError, match=r"input 'x' has size 17 along axis 1; this graph of _Branching holds for siz"):
+        graph(long)
+    assert [note.where for note in graph.fxslim.report.notes] == ["graph"]
+    (note,) = graph.fxslim.report.notes
+    assert "16" in note.reason
+    assert "x" in note.reason
+    small = fxslim.slim(model, short)
+    assert torch.equal(small(long), model(long))
+
+
+def test_a_graph_traced_beyond_a_branch_holds_there_only() -> None:
+    model = _Branching().double().eval()
+    long = Stack((Feed(),)).inputs(2, 20)
+    graph = fxslim.compile(model, long)
+    assert float((graph(long) - model(long)).detach().abs().max()) < 1e-12
+    with pytest.raises(
+        InputError, match=r"has size 16 along axis 1; this graph of _Branching holds for sizes from 17 up"
+    ):
+        graph(Stack((Feed(),)).inputs(2, 16))
+
+
+def test_a_graph_of_a_model_that_does_not_branch_has_nothing_to_say() -> None:
+    _, graph, inputs = _compiled()
+    assert graph.fxslim.report.notes == ()
+    assert graph(torch.cat([inputs["x"]] * 20, 1))["out"].shape == (2, 100, 4)
+
+
+class _Optional(nn.Module):
+    """An option that changes the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, residual: bool = True, power: int = 1) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(x))) ** power
+        return x + y if residual else y
+
+
+def test_an_option_that_was_left_out_of_the_trace_keeps_its_default() -> None:
+    model, x = _Optional().double().eval(), Stack((Feed(),)).inputs()
+    graph = fxslim.compile(model, x)
+    for way in (graph(x), graph(x, True), graph(x, residual=True), graph(x, power=1)):
+        assert float((way - model(x)).detach().abs().max()) < 1e-12
+    with pytest.raises(InputError, match=r"_Optional was compiled without the input 'residual', so it cannot be given"):
+        graph(x, residual=False)
+    with pytest.raises(InputError, match=r"_Optional was compiled without the input 'power'"):
+        graph(x, power=2)
+    with pytest.raises(InputError, match=r"_Optional was compiled without the input 'residual'"):
+        graph(x, False)
+
+
+def test_an_option_of_the_trace_has_to_be_given_again() -> None:
+    """Refusal: left out, it would be the model's default to everyone who reads the call."""
+    model, x = _Optional().double().eval(), Stack((Feed(),)).inputs()
+    graph = fxslim.compile(model, {"x": x, "residual": False})
+    assert float((graph(x, residual=False) - model(x, residual=False)).detach().abs().max()) < 1e-12
+    for wrong in (graph, lambda x: graph(x, True)):
+        with pytest.raises(InputError, match=r"_Optional was compiled with residual=False; it cannot take True"):
+            wrong(x)
+
+
+def test_the_signature_shows_the_models_defaults() -> None:
+    model, x = _Optional().double().eval(), Stack((Feed(),)).inputs()
+    for inputs in (x, {"x": x, "residual": False}):
+        parameters = inspect.signature(fxslim.compile(model, inputs).forward).parameters
+        assert list(parameters) == ["x", "residual", "power", "options"]
+        assert (parameters["residual"].default, parameters["power"].default) == (True, 1)
+
+
+def test_options_of_transformers_that_say_what_a_graph_does_anyway() -> None:
+    """No cache, nothing extra, a dict: what cannot be asked for is the opposite."""
+    entry = ARCHITECTURES["gpt2"]
+    graph = fxslim.compile(entry.build(), ffn=0.5)
+    ids = entry.inputs(batch=2, length=6)["input_ids"]
+    plain = graph(ids).logits
+    for option in ({"use_cache": False}, {"return_dict": True}, {"output_attentions": False, "return_dict": None}):
+        assert torch.equal(graph(ids, **option).logits, plain)
+    for name, value in (("return_dict", False), ("use_cache", True), ("output_hidden_states", True)):
+        with pytest.raises(InputError, match=f"was compiled without the input '{name}', so it cannot be given now"):
+            graph(ids, **{name: value})
