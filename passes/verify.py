@@ -174,12 +174,13 @@ def gap(reference: torch.Tensor, found: torch.Tensor, *, count: torch.Tensor | N
     limit = torch.finfo(reference.dtype).max / 4 if reference.is_floating_point() else float("inf")
     if reference.is_complex():
         reference, found = torch.view_as_real(reference), torch.view_as_real(found)
+        count = None if count is None else count[..., None].expand(reference.shape)
     a, b = reference.double(), found.double().to(reference.device)
     same = (a == b) | (a.isnan() & b.isnan())
     if count is not None:
         same = same | ~count
     difference = torch.where(same, torch.zeros_like(a), (a - b).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
-    usual = a[a.isfinite() & (a.abs() < limit)]
+    usual = a[a.isfinite() & (a.abs() < limit) & (True if count is None else count)]
     return Gap(
         float(difference.max()) if difference.numel() else 0.0, float(usual.abs().max()) if usual.numel() else 0.0
     )
@@ -215,13 +216,19 @@ def _half(reference: Reference, found: list[torch.Tensor]) -> Difference:
     gaps, allowed = [], []
     eps = torch.finfo(reference.lowest).eps
     for exact, own, new in zip(reference.exact, reference.outputs, found, strict=True):
-        if not (own.is_floating_point() or own.is_complex()):
-            continue  # rounding decides ties
+        if not (own.is_floating_point() or own.is_complex()):  # rounding decides ties: say which share differs
+            gaps.append(Gap(_share(exact != new), 1.0))
+            allowed.append(max(2 * _share(exact != own), 0.0 if reference.lowest == torch.float32 else HALF))
+            continue
         finite = own.isfinite() & exact.isfinite() & (own.abs() < torch.finfo(own.dtype).max / 4)
         rounding = gap(exact, own, count=finite)
         gaps.append(gap(exact, new, count=finite))
         allowed.append(2 * max(rounding.max_abs, eps * rounding.scale))
     return _worst(reference.path, gaps, allowed)
+
+
+def _share(differs: torch.Tensor) -> float:
+    return float(differs.double().mean()) if differs.numel() else 0.0
 
 
 def _worst(path: Path, gaps: list[Gap], allowed: list[float]) -> Difference:
