@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxslim
-from fxslim.errors import FxslimError, VerifyError
+from fxslim.errors import FxslimError, InputError, VerifyError
 from fxslim.passes.verify import distance
 
 from stacks import Attend, Feed, Stack
@@ -109,6 +110,98 @@ def test_distance() -> None:
     same = torch.tensor([inf, -inf, nan, 2.0])
     assert distance([same], [same.clone()]) == (0.0, 2.0)
     assert distance([torch.tensor([1.0, -3.0])], [torch.tensor([1.5, -3.0])]) == (0.5, 3.0)
-    assert not distance([torch.tensor([1.0])], [torch.tensor([nan])])[0] <= inf  # above every tolerance
+    assert distance([torch.tensor([1.0])], [torch.tensor([nan])])[0] == inf  # above every tolerance
+    assert distance([torch.tensor([nan])], [torch.tensor([1.0])])[0] == inf
     assert distance([torch.tensor([inf])], [torch.tensor([-inf])])[0] == inf
     assert distance([torch.zeros(0)], [torch.zeros(0)]) == (0.0, 0.0)
+
+
+# Nothing passes for want of numbers ---------------------------------------------------------------------------------
+
+
+class _Output(nn.Module):
+    """A feed-forward network and something done to its result."""
+
+    def __init__(self, finish: Callable[[Tensor], Any], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.finish = finish
+        self.to(dtype).eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.finish(self.down(nn.functional.gelu(self.up(x))))
+
+
+def _wide(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _lowest(y: Tensor) -> Tensor:
+    return y.masked_fill(torch.arange(16) == 3, torch.finfo(y.dtype).min)
+
+
+def _overflow(y: Tensor) -> Tensor:
+    return torch.cat([y, (y.new_full((), 300.0) * 300.0).expand(*y.shape[:-1], 1)], -1)
+
+
+def _infinite(y: Tensor) -> Tensor:
+    return torch.cat([y, y.new_full((*y.shape[:-1], 1), float("-inf"))], -1)
+
+
+VACUOUS: dict[str, tuple[Callable[[Tensor], Any], torch.dtype]] = {
+    "the lowest number of the dtype": (_lowest, torch.float32),
+    "the lowest half": (_lowest, torch.float16),
+    "the lowest bfloat16": (_lowest, torch.bfloat16),
+    "minus infinity": (_infinite, torch.float32),
+    "overflow in half precision": (_overflow, torch.float16),
+    "whole numbers": (lambda y: y.argmax(-1), torch.float32),
+    "whole numbers in half precision": (lambda y: y.argmax(-1), torch.bfloat16),
+    "truth values": (lambda y: y > 0, torch.float32),
+    "one large output": (lambda y: (y, torch.ones(2, 5, dtype=y.dtype) * 1e6), torch.float32),
+    "a large output first": (lambda y: {"scale": y.new_full((1,), 1e5), "y": y}, torch.float32),
+    "complex": (lambda y: torch.fft.rfft(y), torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", VACUOUS)
+def test_outputs_that_could_hide_a_difference(case: str) -> None:
+    """What is right passes; a negated weight never does."""
+    finish, dtype = VACUOUS[case]
+    model, x = _Output(finish, dtype), _wide(dtype)
+    small: Any = fxslim.slim(model, x, ffn=0.5)
+    plan = small.fxslim.plan
+    assert [part.site.name for part in plan] == ["ffn"]
+    assert fxslim.verify(model, small, plan=plan, example_inputs=x).differences
+    small.up.weight.data.mul_(-3)
+    with pytest.raises(VerifyError, match="disagree at"):
+        fxslim.verify(model, small, plan=plan, example_inputs=x)
+
+
+def test_a_difference_in_the_small_one_of_two_outputs() -> None:
+    """Each output is held to its own scale: the large one alone would allow anything in the small one."""
+    large, small = torch.full((4,), 1e6, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    assert distance([large, small], [large, small * 1.5]) == (0.5, 1.0)
+    assert distance([large, small], [large + 0.5, small]) == (0.5, 1e6)
+
+
+def test_an_empty_batch_is_no_verification() -> None:
+    model, x = _Output(lambda y: y), _wide()
+    plan = fxslim.plan(model, x, ffn=0.5)
+    small = fxslim.slim(model, x, plan=plan)
+    for call in (
+        lambda: fxslim.verify(model, small, plan=plan, example_inputs=x[:0]),
+        lambda: fxslim.slim(model, x[:0], plan=plan),
+        lambda: fxslim.compile(model, x[:0], plan=plan),
+    ):
+        with pytest.raises(InputError, match="nothing could be compared: the model returned no tensor with elements"):
+            call()
+
+
+def test_a_model_that_returns_no_tensor_cannot_be_verified() -> None:
+    model, x = _Output(lambda y: y), _wide()
+    small: Any = fxslim.slim(model, x, ffn=0.5)
+    model.finish = small.finish = lambda y: {"nothing": None}
+    with pytest.raises(InputError, match="nothing could be compared: the model returned no tensor with elements"):
+        fxslim.verify(model, small, plan=small.fxslim.plan, example_inputs=x)
