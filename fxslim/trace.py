@@ -58,8 +58,8 @@ def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
     memo: dict[int, Any] = {}
     for child in module.modules():
         for value in vars(child).values():
-            if isinstance(value, torch.Tensor):
-                memo[id(value)] = value
+            if isinstance(value, torch.Tensor):  # a stored activation cannot be copied again with its history
+                memo[id(value)] = value if value.is_leaf else value.detach()
         for parameter in child._parameters.values():
             if parameter is not None:
                 memo[id(parameter)] = parameter

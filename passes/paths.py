@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxslim.overlay import underlying
 from fxslim.program import forward_parameters
 
 NEW_TOKENS = 3
@@ -105,12 +106,16 @@ def _attention(model: nn.Module, implementation: str | None) -> Iterator[None]:
         yield
         return
     switch: Callable[[str], None] = model.set_attn_implementation  # type: ignore[assignment]
-    before: Any = model.config._attn_implementation  # type: ignore[union-attr]
+    configs = {id(c): c for m in model.modules() if (c := underlying(vars(m).get("config"))) is not None}
+    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
     switch(implementation)
     try:
         yield
     finally:
-        switch(before)
+        switch(before[0][1])
+        for config, own in before:  # towers may differ; outer configs come first, and set their inner ones
+            if config._attn_implementation != own:
+                config._attn_implementation = own
 
 
 @contextmanager
