@@ -129,9 +129,12 @@ class CallCodeGen(CodeGen):
         given = ", ".join(f"{name!r}: {name}" for name in self.names)
         placeholders = ", ".join(name.split(":")[0].split("#")[0].split("=")[0].strip() for name in free_vars)
         bound = f"{placeholders}, = " if placeholders else ""
+        rest = "options"
+        while rest in self.names:
+            rest += "_"
         return (
-            f"def forward(self, {parameters}, **options){maybe_return_annotation}:\n"
-            f"    {bound}self._caller.bind({{{given}}}, options)"
+            f"def forward(self, {parameters}, **{rest}){maybe_return_annotation}:\n"
+            f"    {bound}self._caller.bind({{{given}}}, {rest})"
         )
 
     def generate_output(self, output_args: Any, **_: Any) -> str:

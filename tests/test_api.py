@@ -583,6 +583,27 @@ def test_graphs_are_called_like_the_model() -> None:
         assert float((form - expected).abs().max()) <= EXACT * float(expected.abs().max())
 
 
+class Options(nn.Module):
+    """Inputs called as the generated code and Python's builtins are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, V)
+
+    def forward(self, input: Tensor, options: Tensor | None = None) -> Tensor:
+        hidden = torch.relu(self.up(input))
+        return self.down(hidden if options is None else hidden * options.mean())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_names_of_inputs_do_not_clash(count: int) -> None:
+    model = Options().double().eval()
+    graph = fxslim.compile(model, (given(), given())[:count], ffn=0.5)
+    with fxslim.masked(model, graph.fxslim.plan):
+        expected = outputs(model, (given(5), given(5))[:count])
+    assert difference(expected, outputs(graph, (given(5), given(5))[:count])) <= EXACT
+
+
 def test_an_omitted_mask_stands_for_ones() -> None:
     graph = compiled()
     values = ids()["input_ids"]
@@ -716,6 +737,20 @@ def test_models_on_meta_are_inspected_and_planned_without_weights(name: str) -> 
     small = fxslim.slim(real, plan=plan)
     assert small.fxslim.plan.sites == plan.sites
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_norms_on_queries_and_keys_do_not_hide_the_heads() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 50}
+    config = transformers.Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = transformers.Qwen3ForCausalLM(config).double().eval()
+    small = fxslim.slim(model, heads=0.5)
+    assert [(part.site.kind, part.site.units, len(part.keep)) for part in small.fxslim.plan] == [("attention", 4, 2)]
+    inputs = {"input_ids": torch.arange(3, 15).reshape(2, 6), "use_cache": False}
+    with fxslim.masked(model, small.fxslim.plan):
+        expected = outputs(model, inputs)
+    assert difference(expected, outputs(small, inputs)) <= INNER_FLOAT32
 
 
 @pytest.mark.parametrize(
