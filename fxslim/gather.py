@@ -64,6 +64,9 @@ def gather_in_attention(module: nn.Module, size: int, keep: tuple[int, ...]) -> 
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attend)
+    before = getattr(module.config, "_fxslim_heads", None)
+    if before is not None and len(before[1]) == size:  # narrowed before: of the heads that were kept then
+        size, keep = before[0], tuple(before[1][head] for head in keep)
     module.config = overlay(module.config, {"_attn_implementation": IMPLEMENTATION, "_fxslim_heads": (size, keep)})
 
 

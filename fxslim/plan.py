@@ -320,25 +320,31 @@ class Plan(Frozen):
     def then(self, other: Plan) -> Plan:
         """Return the plan that does this one and then, on the result, another.
 
-        The composition is in terms of the dense model that this plan was made for.
+        The composition is in terms of the dense model that this plan was made for. A site that one of the two leaves in
+        place, with zero columns, appears once for each.
         """
-        rows = self.removed_rows()
-        mine = {part.site.name: part for part in self.sites}
-        sites = dict(mine)
+        narrowed = tuple(part for part in self.sites if part.site.name not in self.zeroed)
+        rows = self.model_copy(update={"sites": narrowed}).removed_rows()
+        mine = {part.site.name: part for part in narrowed}
+        sites = {part.site.name: part for part in self.sites}
+        zeroed = list(self.zeroed)
         for part in other.sites:
-            before = mine.get(part.site.name)
-            if before is not None:
+            name = part.site.name
+            before = mine.get(name)
+            if before is not None and name not in other.zeroed and len(before.keep) == part.site.units:
                 keep = tuple(before.keep[unit] for unit in part.keep)
-                sites[part.site.name] = before.model_copy(update={"keep": keep})
-            else:
-                slices = tuple(_widened(piece, rows.get((piece.tensor, piece.dim))) for piece in part.site.slices)
-                site = part.site.model_copy(update={"slices": slices})
-                sites[part.site.name] = part.model_copy(update={"site": site})
+                sites[name] = before.model_copy(update={"keep": keep})
+                continue
+            own = next(n for n in (name, *(f"{name}+{i}" for i in range(2, len(sites) + 3))) if n not in sites)
+            slices = tuple(_widened(piece, rows.get((piece.tensor, piece.dim))) for piece in part.site.slices)
+            sites[own] = part.model_copy(update={"site": part.site.model_copy(update={"name": own, "slices": slices})})
+            if name in other.zeroed:
+                zeroed.append(own)
         return self.model_copy(
             update={
                 "sites": tuple(sites.values()),
                 "edits": _chained(self.edits, other.edits),
-                "zeroed": tuple(dict.fromkeys((*self.zeroed, *other.zeroed))),
+                "zeroed": tuple(zeroed),
                 "requested": {**self.requested, **other.requested},
                 "notes": (*self.notes, *other.notes),
                 "weights_changed": self.weights_changed or other.weights_changed,
