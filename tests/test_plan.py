@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fxslim.errors import PlanError
+from fxslim.passes.narrow import narrowed_copy
 from fxslim.plan import (
+    AttentionEdit,
     AttributeEdit,
     Block,
     ConfigEdit,
     Fingerprint,
+    GatherEdit,
     Note,
     Plan,
     Site,
@@ -206,3 +211,111 @@ def test_blocks_say_who_owns_what() -> None:
     piece = Slice(tensor="t", dim=0, size=7, role="out", blocks=blocks)
     assert piece.owners().tolist() == [-1, 1, 1, -1, 2, 2, -1]
     assert piece.removed(np.array([True, False, True])).tolist() == [False] * 4 + [True, True, False]
+
+
+# One plan after another ---------------------------------------------------------------------------------------------
+
+
+def _plan(*parts: SitePlan, **fields: Any) -> Plan:
+    return Plan(fxslim="0", torch="0", fingerprint=PLAN.fingerprint, sites=parts, **fields)
+
+
+def _free(name: str, units: int, **tensors: tuple[int, int, list[int]]) -> Site:
+    """Return a site; tensors are given as dimension, size and owner of every row (-1: none)."""
+    slices = tuple(
+        Slice(tensor=tensor, dim=dim, size=size, role="in" if dim else "out", blocks=blocks_of(np.array(owners)))
+        for tensor, (dim, size, owners) in tensors.items()
+    )
+    return Site(name=name, kind="generic", module="", units=units, slices=slices)
+
+
+def _rows(plan: Plan) -> dict[tuple[str, int], list[int]]:
+    return {key: np.flatnonzero(gone).tolist() for key, gone in plan.removed_rows().items()}
+
+
+def test_the_same_site_twice() -> None:
+    """The second keep counts among the units that were left."""
+    first = _plan(SitePlan(site=_free("a", 6, up=(0, 6, list(range(6)))), keep=(0, 2, 3, 5)), requested={"ffn": 0.3})
+    second = _plan(SitePlan(site=_free("a", 4, up=(0, 4, list(range(4)))), keep=(1, 3)), requested={"heads": 0.5})
+    both = first.then(second)
+    assert [(part.site.units, part.keep) for part in both] == [(6, (2, 5))]
+    assert _rows(both) == {("up", 0): [0, 1, 3, 4]}
+    assert both.requested == {"ffn": 0.3, "heads": 0.5}
+    assert Plan.from_json(both.to_json()) == both
+
+
+def test_different_sites_and_tensors() -> None:
+    first = _plan(SitePlan(site=_free("a", 3, up=(0, 3, [0, 1, 2])), keep=(0, 2)))
+    second = _plan(SitePlan(site=_free("b", 2, other=(1, 4, [0, 0, 1, 1])), keep=(1,)))
+    both = first.then(second)
+    assert _rows(both) == {("up", 0): [1], ("other", 1): [0, 1]}
+    assert [part.site.name for part in both] == ["a", "b"]
+    assert _rows(second.then(first)) == _rows(both)
+
+
+def test_sites_that_share_a_fused_tensor_count_its_rows_before() -> None:
+    """Rows that the second plan sees as 0 to 3 were 1, 3, 4, 5 of the tensor before the first."""
+    first = _plan(SitePlan(site=_free("a", 3, qkv=(0, 6, [0, 1, 2, -1, -1, -1])), keep=(1,)))
+    assert _rows(first) == {("qkv", 0): [0, 2]}
+    second = _plan(SitePlan(site=_free("b", 3, qkv=(0, 4, [-1, 0, 1, 2])), keep=(0, 2)))
+    both = first.then(second)
+    assert _rows(both) == {("qkv", 0): [0, 2, 4]}
+    assert [part.site.slices[0].size for part in both] == [6, 6]
+
+
+def test_three_in_a_row_are_associative() -> None:
+    one = _plan(SitePlan(site=_free("a", 6, up=(0, 8, [-1, *range(6), -1])), keep=(0, 1, 3, 5)))
+    two = _plan(SitePlan(site=_free("b", 2, up=(0, 6, [0, -1, -1, -1, -1, 1])), keep=(1,)))
+    three = _plan(SitePlan(site=_free("a", 4, up=(0, 5, [0, 1, 2, 3, -1])), keep=(0, 3)))
+    left, right = one.then(two).then(three), one.then(two.then(three))
+    assert _rows(left) == {("up", 0): [0, 2, 3, 4, 5]}
+    assert _rows(left) == _rows(right)
+
+
+def test_edits_chain() -> None:
+    def edits(*pairs: tuple[str, int, int]) -> Plan:
+        return _plan(edits=tuple(AttributeEdit(module="m", name=name, old=old, new=new) for name, old, new in pairs))
+
+    both = edits(("heads", 8, 6), ("size", 64, 48)).then(edits(("heads", 6, 3), ("groups", 2, 1)))
+    assert [(edit.name, edit.old, edit.new) for edit in both.edits] == [
+        ("heads", 8, 3), ("size", 64, 48), ("groups", 2, 1)
+    ]  # fmt: skip
+    other = _plan(edits=(ConfigEdit(module="m", name="heads", old=8, new=4),))
+    assert len(edits(("heads", 8, 4)).then(other).edits) == 2  # a config is another place
+
+
+@pytest.mark.parametrize("kind", [AttentionEdit, partial(GatherEdit, name="bias", axis=1)])
+def test_gathers_are_composed(kind: Any) -> None:
+    first = _plan(edits=(kind(module="m", size=6, keep=(0, 2, 3, 5)),))
+    second = _plan(edits=(kind(module="m", size=4, keep=(1, 3)), kind(module="n", size=4, keep=(0,))))
+    both = first.then(second)
+    assert [(edit.module, edit.size, edit.keep) for edit in both.edits] == [("m", 6, (2, 5)), ("n", 4, (0,))]
+    assert Plan.from_json(both.to_json()) == both
+
+
+def test_what_stays_in_place_is_composed_apart() -> None:
+    """A site with zero columns keeps its size: its units, and the other plan's, count on their own."""
+    site, left = _free("a", 4, down=(1, 4, [0, 1, 2, 3])), _free("a", 3, down=(1, 3, [0, 1, 2]))
+    cut, zero = _plan(SitePlan(site=site, keep=(0, 1, 3))), _plan(SitePlan(site=site, keep=(0, 1)), zeroed=("a",))
+    then_zeroed = cut.then(_plan(SitePlan(site=left, keep=(0, 2)), zeroed=("a",)))
+    assert [(part.site.name, part.gone.tolist()) for part in then_zeroed] == [
+        ("a", [False, False, True, False]),
+        ("a+2", [False, True, False]),
+    ]
+    assert then_zeroed.zeroed == ("a+2",)
+    assert _rows(then_zeroed) == {("down", 1): [1, 2]}  # masks and zeros: row 1 is the second plan's
+    then_cut = zero.then(_plan(SitePlan(site=site, keep=(0, 1, 2))))
+    assert [(part.site.name, part.keep) for part in then_cut] == [("a", (0, 1)), ("a+2", (0, 1, 2))]
+    assert then_cut.zeroed == ("a",)
+    model = torch.nn.Module()
+    model.register_buffer("down", torch.arange(1.0, 5.0).repeat(2, 1))
+    for plan, expected in ((then_zeroed, [1.0, 0.0, 4.0]), (then_cut, [1.0, 2.0, 0.0])):
+        assert narrowed_copy(model, plan).down[0].tolist() == expected
+
+
+def test_notes_and_repairs_add_up() -> None:
+    first = _plan(notes=(Note(where="a", reason="b"),), weights_changed=True)
+    both = first.then(_plan(notes=(Note(where="c", reason="d"),)))
+    assert [note.where for note in both.notes] == ["a", "c"]
+    assert both.weights_changed
+    assert first.then(_plan()).fingerprint == first.fingerprint
