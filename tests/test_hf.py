@@ -250,3 +250,17 @@ def test_the_plan_is_written_as_json(tmp_path: Path) -> None:
     text = (tmp_path / "small" / hf.PLAN_FILE).read_text()
     assert json.loads(text)
     assert fxslim.Plan.from_json(text) == small.fxslim.plan
+
+
+def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
+    """Refusal: ``from_pretrained`` reads everything in one dtype, so nothing would load back as it was."""
+    mixed: Any = fxslim.slim(ARCHITECTURES["bert_classify"].build(torch.float32), ffn=0.5).bfloat16()
+    for name, parameter in mixed.named_parameters():
+        if "LayerNorm" in name:
+            parameter.data = parameter.data.float() + 1e-4
+    folder = tmp_path / "mixed"
+    with pytest.raises(InputError, match=r"^the model mixes torch\.bfloat16, torch\.float32, which from_pretrained"):
+        fxslim.save_pretrained(mixed, folder)
+    assert not folder.exists()
+    fxslim.save_pretrained(mixed.float(), folder)
+    assert folder.is_dir()

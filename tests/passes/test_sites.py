@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+import fxslim
 from fxslim.passes.annotate import Labels
 from fxslim.passes.sites import Sites, same_slices
 from fxslim.program import Program
@@ -134,3 +136,79 @@ def test_a_plan_with_other_slices_is_told_apart() -> None:
     assert same_slices(site.slices, site.slices[::-1])
     assert not same_slices(site.slices, site.slices[1:])
     assert not same_slices(site.slices, (site.slices[0].model_copy(update={"dim": 1}), *site.slices[1:]))
+
+
+class _PerHead(nn.Module):
+    """Projections per head: as many sites in one module, none of which a pattern names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.ModuleList(nn.Linear(16, 4) for _ in range(4)) for _ in range(3))
+        self.o = nn.Linear(16, 16)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        heads = [(q(x) @ k(x).mT).softmax(-1) @ v(x) for q, k, v in zip(self.q, self.k, self.v, strict=True)]
+        return self.o(torch.cat(heads, -1))
+
+
+def test_sites_of_one_consumer_have_names_of_their_own() -> None:
+    """And so have plans, which look sites up by name."""
+    model = _PerHead().double().eval()
+    with torch.no_grad():
+        model.o.weight[:, [5, 14]] = 0
+    x = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    names = [site.name for site in known(model, x).get(Sites).sites]
+    assert names == ["generic", "generic@o", "generic@o#2", "generic@o#3"]
+    plan = fxslim.plan(model, x)
+    assert {part.site.name: [u for u in range(4) if u not in part.keep] for part in plan} == {
+        "generic@o": [1],
+        "generic@o#3": [2],
+    }
+    for form in (fxslim.slim, fxslim.compile):
+        small = form(model, x, plan=plan)
+        assert small.get_parameter("v.1.weight").shape == (3, 16)
+        assert small.get_parameter("v.0.weight").shape == (4, 16)
+        assert float((small(x) - model(x)).detach().abs().max()) < 1e-12
+
+
+class _Normed(nn.Module):
+    """A feed-forward network with a norm over its hidden channels: all of them or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return x + self.down(self.norm(self.up(x).relu()))
+
+
+def test_what_was_asked_for_and_is_not_there_is_reported() -> None:
+    """Refusal: a feed-forward network that cannot be narrowed does not vanish from the report."""
+    model = nn.Sequential(Stack((Feed(),)).build(), _Normed()).double().eval()
+    x = Stack((Feed(),)).inputs()
+    for form in (fxslim.slim, fxslim.compile):
+        report = form(model, x, ffn=0.5).fxslim.report
+        assert [site["name"] for site in report.sites] == ["0.layers.0:ffn"]
+        notes = {note.where: note.reason for note in report.not_done}
+        assert notes["1.down"] == "all its channels go together (tied by aten.layer_norm.default in 1.norm)"
+        assert not [where for where in notes if where.startswith("0")]
+        assert "not done: 1.down: all its channels go together" in str(report)
+    assert fxslim.slim(model, x).fxslim.report.not_done == ()
+
+
+def test_generic_sites_are_reported_when_something_is_asked_for() -> None:
+    model = nn.Sequential(Stack((Feed(),)).build(), _PerHead()).double().eval()
+    model[1].q, model[1].k, model[1].v = (nn.ModuleList(nn.Linear(4, 4) for _ in range(4)) for _ in range(3))
+    model.double()
+    notes = fxslim.plan(model, Stack((Feed(),)).inputs(), ffn=0.5).notes
+    generic = [note.where for note in notes if "no pattern names this site" in note.reason]
+    assert generic
+    assert all(where.startswith("1:generic") for where in generic)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_the_residual_stream_is_not_news(name: str) -> None:
+    """What no one would expect to be narrowed is not reported as left out."""
+    plan = fxslim.plan(ARCHITECTURES[name].build(), ffn=0.5, heads=0.5)
+    assert len(plan.sites) == 4
+    assert plan.notes == ()
