@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxslim
 from fxslim.errors import InputError, PlanError
@@ -104,3 +105,45 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
         masked(nn.Linear(2, 2), plan).__enter__()
     with pytest.raises(InputError, match=r"^masked\(model, plan\) takes a fxslim Plan, not dict\.$"):
         fxslim.masked(model, {})  # type: ignore[arg-type]
+
+
+def test_pruned_models_are_masked_like_permanent_ones() -> None:
+    """The plan names the weight, which pruning computes at every call."""
+    model, permanent, x = STACK.build(), STACK.build(), STACK.inputs()
+    for pruned in (model, permanent):
+        prune.ln_structured(pruned.layers[0].down, "weight", amount=2, n=2, dim=1)
+    plan = fxslim.plan(model, x, ffn=0.5)
+    prune.remove(permanent.layers[0].down, "weight")
+    with torch.no_grad(), fxslim.masked(model, plan), fxslim.masked(permanent, plan):
+        expected = permanent(x)
+        assert float((model(x) - expected).abs().max()) < 1e-14
+    small = fxslim.slim(model, x, plan=plan)
+    assert float((small(x) - expected).detach().abs().max()) < 1e-12
+    assert fxslim.verify(model, small, plan=plan, example_inputs=x).max_abs < 1e-12
+    assert prune.is_pruned(model)
+
+
+def test_parametrized_models_are_masked_too() -> None:
+    model, x = STACK.build(), STACK.inputs()
+    dense = copy.deepcopy(model)
+    for module in (model.layers[0].down, model.layers[0].up[0]):
+        parametrizations.weight_norm(module)
+    plan = fxslim.plan(dense, x, ffn=0.5)
+    own = fxslim.plan(model, x, ffn=0.5)
+    assert [(part.site.name, part.keep) for part in own] == [(part.site.name, part.keep) for part in plan]
+    with torch.no_grad(), fxslim.masked(model, own), fxslim.masked(dense, plan):
+        assert float((model(x) - dense(x)).abs().max()) < 1e-13
+    assert parametrize.is_parametrized(model.layers[0].down)
+
+
+def test_a_computed_weight_without_a_call_of_its_own_cannot_be_masked() -> None:
+    """Refusal: there is no input to mask, and zeros in a computed weight do not last."""
+    model, x = STACK.build(), STACK.inputs()
+    plan = _plan(model, hooks=False)
+    prune.identity(model.layers[0].down, "weight")
+    with pytest.raises(
+        PlanError, match=r"layers\.0\.down\.weight is computed at every call \(pruned or parametrized\)"
+    ):
+        masked(model, plan).__enter__()
+    assert not model.layers[0].up[0]._forward_pre_hooks
+    assert bool(model(x).isfinite().all())
