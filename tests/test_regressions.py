@@ -285,9 +285,17 @@ BETWEEN: dict[str, Callable[[], Hidden]] = {
     "padded": lambda: Hidden(lambda m, h: functional.pad(h, (2, 2)), HIDDEN + 4),
     "lower triangle": lambda: Hidden(lambda m, h: h.tril()),
     "upper triangle": lambda: Hidden(lambda m, h: h.triu(-2)),
-    "triangle over the sequence": lambda: Hidden(lambda m, h: h.mT.unflatten(1, (4, 8)).transpose(1, 3).tril()
+    "triangle inside channels": lambda: Hidden(lambda m, h: h.mT.unflatten(1, (4, 8)).transpose(1, 3).tril()
                                                   .transpose(1, 3).flatten(1, 2).mT),
 }  # fmt: skip
+
+STAYS = {
+    "reflected": "padding a labelled axis with its own values",
+    "replicated": "padding a labelled axis with its own values",
+    "lower triangle": "aten.tril.default over labelled axes",
+    "upper triangle": "aten.triu.default over labelled axes",
+    "triangle inside channels": "aten.tril.default over labelled axes",
+}
 
 
 @pytest.mark.parametrize("case", BETWEEN)
@@ -297,10 +305,11 @@ def test_operations_on_hidden_values(case: str) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
     length = HIDDEN if case == "PReLU over the sequence" else 5
-    x = given(length=length)
-    if case == "PReLU over the sequence":
-        x = given(2, HIDDEN)
-    plan = random_plan(model, fxslim.inspect(model, x).sites)
+    x = given(2, length)
+    found = fxslim.inspect(model, x)
+    assert [site.name for site in found.sites] == ([] if case in STAYS else ["ffn"])
+    assert [note.reason for note in found.pinned if note.where == "down"] == ([STAYS[case]] if case in STAYS else [])
+    plan = random_plan(model, found.sites)
     other = given(3, length, 1)
     agree(model, plan, (other,), fxslim.slim(model, x, plan=plan), fxslim.compile(model, x, plan=plan))
     for form in FORMS.values():

@@ -479,3 +479,43 @@ def test_labels_say_who_tied_them() -> None:
     row = int(components(program, labels, "up", 0)[0])
     assert labels.tied_by(row) == " (tied by aten.softmax.int)"
     assert labels.tied_by(0) == ""
+
+
+@pytest.mark.parametrize("where", ["channels", "sequence"])
+def test_one_slope_per_channel_follows_its_channel(where: str) -> None:
+    """PReLU reads its slopes along axis 1: they follow channels there, and nothing where axis 1 is the sequence."""
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = functional.linear(x, m.up)
+        h = functional.prelu(h.mT, m.slope).mT if where == "channels" else functional.prelu(h, m.slope)
+        return functional.linear(h, m.down)
+
+    program, labels = labelled(function, numbers(2, 6, 4), up=(6, 4), slope=(6,), down=(5, 6))
+    up, slope = components(program, labels, "up", 0), components(program, labels, "slope", 0)
+    assert _together(labels, up, components(program, labels, "down", 1)) == IDENTITY
+    assert _together(labels, up, slope) == (IDENTITY if where == "channels" else {i: set() for i in range(6)})
+
+
+MIXED: dict[str, tuple[Body, int, str]] = {
+    "reflect": (lambda m, h: functional.pad(h, (2, 2), mode="reflect"), 10,
+                "padding a labelled axis with its own values"),
+    "circular": (lambda m, h: functional.pad(h, (2, 2), mode="circular"), 10, "padding a labelled axis with its own values"),
+    "tril": (lambda m, h: h.tril(), 6, "aten.tril.default over labelled axes"),
+    "triu": (lambda m, h: h.triu(1), 6, "aten.triu.default over labelled axes"),
+    "tril inside": (lambda m, h: h.unflatten(-1, (3, 2)).tril().flatten(-2), 6,
+                    "aten.tril.default over labelled axes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_what_depends_on_the_position_of_a_channel_pins_it(case: str) -> None:
+    """Refusal: a channel that moves up would be cut, or copied, elsewhere."""
+    body, width, reason = MIXED[case]
+    program, labels = _mlp(body, width)
+    assert pinned_because(program, labels, "up", 0) == [reason] * 6
+
+
+def test_triangles_over_other_axes_leave_channels_free() -> None:
+    program, labels = _mlp(lambda m, h: h.permute(2, 0, 1).tril().permute(1, 2, 0))
+    up, down = components(program, labels, "up", 0), components(program, labels, "down", 1)
+    assert _together(labels, up, down) == IDENTITY
