@@ -391,12 +391,12 @@ INSPECT: tuple[Pass, ...] = (Trace(), Annotate(), Find(), Name(), Order())
 CHECK_PLAN: tuple[Pass, ...] = (Reread(), Take())
 
 
-def slim_passes(*, thorough: bool, lossless: bool) -> tuple[Pass, ...]:
+def slim_passes(*, thorough: bool = False, lossless: bool = False) -> tuple[Pass, ...]:
     """Return the passes that narrow a module; thorough ones are for modules that look alike and need other edits."""
     return (Refer(thorough=thorough, lossless=lossless), NarrowModule(), Verify(), Account())
 
 
-def compile_passes(*, narrow: bool, lossless: bool) -> tuple[Pass, ...]:
+def compile_passes(*, narrow: bool = True, lossless: bool = False) -> tuple[Pass, ...]:
     """Return the passes that make a graph of a cut."""
     return (Refer(graph=True, lossless=lossless), NarrowGraph(narrow=narrow), Verify(), Account())
 

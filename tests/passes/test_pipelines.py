@@ -27,9 +27,9 @@ def test_the_table_of_contents() -> None:
     inspect = ["Trace", "Annotate", "Find", "Name", "Order"]
     assert _names(lines.inspecting()) == inspect
     assert _names(lines.choosing(Request())) == [*inspect, "Choose"]
-    slim = lines.narrowing(Request(ffn=0.5), given_plan=False, last=lines.SLIM)
+    slim = lines.narrowing(Request(ffn=0.5), given_plan=False, last=lines.slim_passes())
     assert _names(slim) == [*inspect, "Choose", "Take", "Refer", "NarrowModule", "Verify", "Account"]
-    given = lines.narrowing(Request(), given_plan=True, last=lines.compile_passes(narrow=True))
+    given = lines.narrowing(Request(), given_plan=True, last=lines.compile_passes())
     assert _names(given) == [*inspect, "Reread", "Take", "Refer", "NarrowGraph", "Verify", "Account"]
 
 
@@ -37,7 +37,7 @@ def test_every_pass_may_stand_only_behind_what_it_needs() -> None:
     with pytest.raises(OrderError, match=r"^Annotate needs Program, which no pass before it provides\.$"):
         Pipeline(lines.INSPECT[1:], given=(lines.Subject,))
     with pytest.raises(OrderError, match="Refer needs Plan"):
-        Pipeline((*lines.INSPECT, *lines.SLIM), given=(lines.Subject,))
+        Pipeline((*lines.INSPECT, *lines.slim_passes()), given=(lines.Subject,))
 
 
 def test_observers_see_the_graph_before_and_after() -> None:
