@@ -499,7 +499,8 @@ def test_one_slope_per_channel_follows_its_channel(where: str) -> None:
 MIXED: dict[str, tuple[Body, int, str]] = {
     "reflect": (lambda m, h: functional.pad(h, (2, 2), mode="reflect"), 10,
                 "padding a labelled axis with its own values"),
-    "circular": (lambda m, h: functional.pad(h, (2, 2), mode="circular"), 10, "padding a labelled axis with its own values"),
+    "circular": (lambda m, h: functional.pad(h, (2, 2), mode="circular"), 10,
+                 "padding a labelled axis with its own values"),
     "tril": (lambda m, h: h.tril(), 6, "aten.tril.default over labelled axes"),
     "triu": (lambda m, h: h.triu(1), 6, "aten.triu.default over labelled axes"),
     "tril inside": (lambda m, h: h.unflatten(-1, (3, 2)).tril().flatten(-2), 6,
