@@ -46,6 +46,11 @@ class SizeRange:
     low: int
     high: int | None
 
+    def __str__(self) -> str:
+        bounds = [f"at least {self.low}"] if self.low else []
+        bounds += [f"at most {self.high}"] if self.high is not None else []
+        return "sizes of " + " and ".join(bounds)
+
 
 @dataclass(frozen=True)
 class Program:

@@ -319,8 +319,8 @@ UNBOUNDED = 1 << 40
 
 def _range_notes(ranges: tuple[SizeRange, ...]) -> tuple[str, ...]:
     return tuple(
-        f"{r.input}: the graph form takes sizes from {r.low} up to {r.high or 'any'} along axis {r.axis}; "
-        "others take another branch of forward or lie beyond its tables (the module form takes what the model takes)."
+        f"{r.input}: the graph form takes {r} along axis {r.axis}, where tables end or forward branches; the module "
+        "form takes what the model takes."
         for r in ranges
     )
 

@@ -106,8 +106,7 @@ class Caller:
             if size < limit.low or (limit.high is not None and size > limit.high):
                 raise InputError(
                     f"input {name!r} has size {size} along axis {limit.axis}; this graph of {self.name} holds for "
-                    f"sizes from {limit.low} up to {limit.high or 'any'}. Compile with example_inputs of that size, "
-                    "or use fxslim.slim."
+                    f"{limit}. Compile with example_inputs of that size, or use fxslim.slim."
                 )
 
     def result(self, leaves: Any) -> Any:

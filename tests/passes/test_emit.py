@@ -163,7 +163,7 @@ def test_a_graph_traced_beyond_a_branch_holds_there_only() -> None:
     graph = fxslim.compile(model, long)
     assert float((graph(long) - model(long)).detach().abs().max()) < 1e-12
     with pytest.raises(
-        InputError, match=r"has size 16 along axis 1; this graph of _Branching holds for sizes from 17 up"
+        InputError, match=r"has size 16 along axis 1; this graph of _Branching holds for sizes of at least 17"
     ):
         graph(Stack((Feed(),)).inputs(2, 16))
 
