@@ -43,11 +43,12 @@ def _one_trace_per_model() -> Iterator[None]:
     traced: dict[int, Program] = {}
 
     def trace(model: nn.Module, *candidates: Any, filled: frozenset[str]) -> Program:
-        if model not in BUILT:
+        first = id(next(model.parameters()))  # copies that are worked on share the parameters
+        if first not in BUILT:
             return pipelines_trace(model, *candidates, filled=filled)
-        if id(model) not in traced:
-            traced[id(model)] = pipelines_trace(model, *candidates, filled=filled)
-        return traced[id(model)]
+        if first not in traced:
+            traced[first] = pipelines_trace(model, *candidates, filled=filled)
+        return traced[first]
 
     pipelines_trace = pipelines.trace
     with pytest.MonkeyPatch.context() as patch:
@@ -55,14 +56,14 @@ def _one_trace_per_model() -> Iterator[None]:
         yield
 
 
-BUILT: set[nn.Module] = set()
-"""Models that live as long as the tests here, and do not change."""
+BUILT: set[int] = set()
+"""First parameters of models that live as long as the tests here, and do not change."""
 
 
 @functools.cache
 def built(name: str, attn: Attention) -> Any:
     model = ARCHITECTURES[name].build(torch.float64, attn)
-    BUILT.add(model)
+    BUILT.add(id(next(model.parameters())))
     return model
 
 

@@ -19,7 +19,22 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"labels"}),
     frozenset({"program", "plan", "overlay", "gather"}),
-    frozenset({"trace", "inputs", "flow", "match", "forms", "pipeline", "text", "report", "count", "timer", "folder", "transcript"}),
+    frozenset(
+        {
+            "trace",
+            "inputs",
+            "flow",
+            "match",
+            "forms",
+            "pipeline",
+            "text",
+            "report",
+            "count",
+            "timer",
+            "folder",
+            "transcript",
+        }
+    ),
     frozenset({"passes"}),
     frozenset({"api"}),
     frozenset({"hf", "cli", "demo"}),

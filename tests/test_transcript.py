@@ -13,7 +13,7 @@ def test_seconds_and_graph_text_before_and_after() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     transcript = fxslim.Transcript()
     graph = fxslim.compile(model, torch.randn(3, 6), ffn=0.5, observer=transcript)
-    assert list(transcript.seconds)[0] == "Trace"
+    assert next(iter(transcript.seconds)) == "Trace"
     assert transcript.before["Trace"] == ""
     assert "aten.relu.default" in transcript.after["Trace"]
     assert transcript.changed() == ("Trace", "NarrowGraph")
