@@ -120,7 +120,7 @@ class CallCodeGen(CodeGen):
     def __init__(self, call: CallSpec) -> None:
         super().__init__()
         self.names = tuple(dict.fromkeys([*call.names, *call.example]))
-        self.defaults = {n: d for n, d in call.defaults.items() if isinstance(d, OPTIONS)}
+        self.defaults = {n: d for n, d in call.defaults.items() if isinstance(d, bool | int | str)}
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
         """Return the head of ``forward``."""
