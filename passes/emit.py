@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Caller:
 
     def bind(self, given: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of the inputs in the graph's order; raise InputError for anything that was not traced."""
-        given = {**given, **options}
+        given = {name: self._meant(name, value) for name, value in {**given, **options}.items()}
         for name, value in given.items():
             if name not in self.call.example and not self._harmless(name, value):
                 raise InputError(
@@ -57,6 +58,12 @@ class Caller:
             self._check(leaf, spec)
         return leaves
 
+    def _meant(self, name: str, value: Any) -> Any:
+        """Return a default that the signature could not spell out in the place of the None that stands for it."""
+        default = self.call.defaults.get(name)
+        left_out = value is None and default is not inspect.Parameter.empty and not _writable(default)
+        return default if left_out else value
+
     def _harmless(self, name: str, value: Any) -> bool:
         """Tell whether a value given for something that was not traced means what was traced."""
         default = self.call.defaults.get(name)
@@ -65,7 +72,7 @@ class Caller:
         if value is default:
             return True
         if not isinstance(value, OPTIONS):
-            return False
+            return isinstance(value, tuple | list | dict) and type(value) is type(default) and value == default
         return value == default if isinstance(default, OPTIONS) else default is None and (name, value) in CACHE_FREE
 
     def _leaves(self, name: str, traced: Any, given: Mapping[str, Any]) -> list[Any]:
@@ -114,13 +121,18 @@ class Caller:
         return pytree.tree_unflatten(list(leaves), self.call.out_spec)
 
 
+def _writable(default: Any) -> bool:
+    """Tell whether a default can be spelled out in generated code."""
+    return isinstance(default, bool | int | str) or (isinstance(default, float) and math.isfinite(default))
+
+
 class CallCodeGen(CodeGen):
     """Generates ``forward`` with the model's own signature."""
 
     def __init__(self, call: CallSpec) -> None:
         super().__init__()
         self.names = tuple(dict.fromkeys([*call.names, *call.example]))
-        self.defaults = {n: d for n, d in call.defaults.items() if isinstance(d, bool | int | str)}
+        self.defaults = {name: default for name, default in call.defaults.items() if _writable(default)}
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
         """Return the head of ``forward``."""

@@ -141,6 +141,27 @@ class _Branching(nn.Module):
         return y * 2 if x.shape[1] > 16 else y
 
 
+def test_defaults_that_cannot_be_written_down_may_be_left_out() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, limit: float = float("inf"), shift: tuple[float, ...] = (1.0, 2.0)) -> Tensor:
+            y: Tensor = self.down(torch.relu(self.up(x)))
+            return y.clamp(max=limit) + shift[0]
+
+    model = Odd().double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    graph = fxslim.compile(model, x)
+    assert torch.equal(graph(x), model(x))
+    assert torch.equal(graph(x, limit=float("inf"), shift=(1.0, 2.0)), model(x))
+    with pytest.raises(InputError, match="limit"):
+        graph(x, limit=1.0)
+    with pytest.raises(InputError, match="shift"):
+        graph(x, shift=(3.0, 2.0))
+
+
 def test_a_graph_is_held_to_the_sizes_it_was_traced_for() -> None:
     """Beyond them the model takes another branch, of which the graph knows nothing."""
     model = _Branching().double().eval()
