@@ -143,6 +143,12 @@ def common_path(paths: Iterable[str]) -> str:
     return ".".join(shared)
 
 
+def named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return every parameter and buffer under each of its names."""
+    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return dict(every)
+
+
 def forward_parameters(module: torch.nn.Module) -> tuple[tuple[str, ...], dict[str, Any], bool]:
     """Return names, defaults and whether ``**kwargs`` is taken, of a module's ``forward``."""
     names: list[str] = []

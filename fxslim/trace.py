@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError, UnsupportedModelError
-from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic
+from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic, named_tensors
 
 LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -234,8 +234,7 @@ def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
     first: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in every:
+    for name, tensor in named_tensors(model).items():
         if id(tensor) in first:
             if first[id(tensor)] != name:
                 aliases[name] = first[id(tensor)]

@@ -6,7 +6,6 @@ of them that makes the module compute what the masked one does, along every path
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from fxslim.passes.paths import Path, evaluating, tensors_of
 from fxslim.passes.verify import distance
 from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
 from fxslim.program import forward_parameters
+from fxslim.trace import share
 
 IMPLEMENTATION_FIELD = "_attn_implementation"
 MOST = 3
@@ -398,13 +398,12 @@ def _narrowed_part(model: nn.Module, plan: Plan, path: str) -> nn.Module:
         if f"{edit.module}.".startswith(prefix)
     )
     inner = plan.model_copy(update={"sites": tuple(own), "edits": edits})
-    return narrowed_copy(copy_shell(model.get_submodule(path)), inner)
+    return narrowed_copy(_shell(model.get_submodule(path)), inner)
 
 
-def copy_shell(module: nn.Module) -> nn.Module:
-    """Copy a module that shares its tensors with the original; configs are copied, hooks stay behind."""
-    memo: dict[int, Any] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    shell = copy.deepcopy(module, memo)
+def _shell(module: nn.Module) -> nn.Module:
+    """Copy a module that shares its tensors with the original; hooks stay behind."""
+    shell = share(module)
     for child in shell.modules():
         child._forward_hooks.clear()
         child._forward_pre_hooks.clear()

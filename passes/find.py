@@ -87,7 +87,6 @@ class _Search:
         self.components = labels.components
         self.keys = list(labels.starts)
         self.rows = {key: labels.of(*key, program.tensors[key[0]].shape[key[1]]) for key in self.keys}
-        self.refusals: list[Refusal] = []
 
     def run(self) -> Found:
         families: list[Family] = []
@@ -184,7 +183,7 @@ class _Search:
     def _family(self, leaves: np.ndarray) -> Family | str:
         """Turn leaves into a family, or say why not."""
         if len(leaves) < 2:
-            return self._single(leaves)
+            return f"its channels all go together{self.labels.tied_by(int(leaves[0]))}"
         above = self._above(leaves)
         partitions = self._partitions(above, len(leaves))
         scored = self._scored(above, len(leaves))
@@ -212,12 +211,6 @@ class _Search:
                     return Family(leaves, members, level, unit_groups, slices, level is scored)
                 reason = failure
         return reason or "its channels all go together"
-
-    def _single(self, leaves: np.ndarray) -> str:
-        return f"its channels all go together{self._tied_by(int(leaves[0]))}"
-
-    def _tied_by(self, component: int) -> str:
-        return self.labels.tied_by(component)
 
     def _partitions(self, above: dict[int, np.ndarray], count: int) -> list[np.ndarray]:
         """Return the ways in which components above split a family into disjoint parts that cover it."""
@@ -394,7 +387,7 @@ class _Search:
                 pin = self.components.pins.get(pinned[0])
                 reason = pin.reason if pin is not None else "it meets a constant"
             elif len(distinct) == 1:
-                reason = f"all its channels go together{self._tied_by(int(distinct[0]))}"
+                reason = f"all its channels go together{self.labels.tied_by(int(distinct[0]))}"
             else:
                 reason = next(
                     (refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels"

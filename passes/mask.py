@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fxslim.errors import PlanError
-from fxslim.passes.narrow import _check, _tensors
+from fxslim.passes.narrow import check_fits
 from fxslim.plan import Plan
+from fxslim.program import named_tensors
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     Where a consumer's weight is not read by its own module's call, its columns are zeroed for the time being instead.
     """
     computed = _computed(model, plan)
-    _check(model, plan, computed)
+    check_fits(model, plan, computed)
     hooked, columns = _places(plan)
     for name, _ in columns:
         if name in computed:
@@ -32,7 +33,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             )
     handles: list[Any] = []
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tensors = _tensors(model)
+    tensors = named_tensors(model)
     try:
         for path, gone in hooked.items():
             module = model.get_submodule(path)
@@ -53,7 +54,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 def _computed(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     """Return the plan's tensors that pruning or parametrizations compute: attributes that are no parameters."""
-    known = _tensors(model)
+    known = named_tensors(model)
     found: dict[str, torch.Tensor] = {}
     for part in plan.sites:
         for piece in part.site.slices:

@@ -14,7 +14,7 @@ from fxslim.errors import PlanError
 from fxslim.gather import Gather, gather_in_attention
 from fxslim.overlay import overlay
 from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
-from fxslim.program import forward_parameters
+from fxslim.program import forward_parameters, named_tensors
 
 SIZE_ATTRIBUTES = {
     "in": ("in_features", "nx", "in_channels"),
@@ -28,8 +28,8 @@ def narrowed_copy(model: nn.Module, plan: Plan) -> nn.Module:
 
     Only what is kept is copied: removed rows never exist twice.
     """
-    _check(model, plan)
-    tensors = _tensors(model)
+    check_fits(model, plan)
+    tensors = named_tensors(model)
     sliced = _narrowed(tensors, plan)
     by_id = {id(tensors[name]): tensor for name, tensor in sliced.items()}
     memo: dict[int, Any] = {}
@@ -47,8 +47,8 @@ def replay(module: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: the plan does not fit; the module is unchanged.
     """
-    _check(module, plan)
-    tensors = _tensors(module)
+    check_fits(module, plan)
+    tensors = named_tensors(module)
     sliced = _narrowed(tensors, plan)
     by_id = {id(tensors[name]): _own(tensor, tensors[name], clone=False) for name, tensor in sliced.items()}
     for child in module.modules():
@@ -60,8 +60,15 @@ def replay(module: nn.Module, plan: Plan) -> nn.Module:
     return module
 
 
-def _check(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tensor] | None = None) -> None:
-    tensors = _tensors(module) | dict(computed or {})
+def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Raise PlanError unless a plan's tensors and edits are those of a module.
+
+    Args:
+        module: the module that the plan is to be applied to.
+        plan: the plan.
+        computed: further tensors of the module that are no parameters, by name.
+    """
+    tensors = named_tensors(module) | dict(computed or {})
     for part in plan.sites:
         for piece in part.site.slices:
             tensor = tensors.get(piece.tensor)
@@ -95,11 +102,6 @@ def _check_gather(owner: nn.Module, edit: GatherEdit | AttentionEdit) -> None:
         raise PlanError(f"the plan gathers in the attention of {edit.module}, which has no config.")
     if any(head >= edit.size for head in edit.keep):
         raise PlanError(f"the plan gathers heads of {edit.module} that do not exist.")
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return dict(every)
 
 
 def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:

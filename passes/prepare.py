@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from fxslim.plan import Fingerprint
+from fxslim.program import named_tensors
 
 VOLATILE = ("transformers_version", "_name_or_path", "fxslim", "torch_dtype", "dtype", "architectures")
 """Config fields that say nothing about sizes."""
@@ -62,8 +63,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """Return what identifies a model's structure: names, shapes, ties, class and whole-number config fields."""
     first: dict[int, str] = {}
     rows = []
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in sorted(every, key=lambda item: item[0]):
+    for name, tensor in sorted(named_tensors(model).items(), key=lambda item: item[0]):
         original = first.setdefault(id(tensor), name)
         rows.append([name, list(tensor.shape), "" if original == name else original])
     config = getattr(model, "config", None)

@@ -123,8 +123,7 @@ def compare(model: nn.Module, small: nn.Module, plan: Plan, references: Sequence
 
 def _against_float64(model: nn.Module, plan: Plan, reference: Reference) -> Reference:
     """Add float64 results to a reference, where float32 rounding alone may be above the plain tolerance."""
-    wide = copy.deepcopy(model).double()
-    wide.register_forward_pre_hook(_widen, with_kwargs=True)
+    wide = _in(model, torch.float64)
     with masked(wide, plan):
         return replace(reference, exact=reference.path.run(wide))
 
@@ -135,7 +134,13 @@ def _wide(model: nn.Module) -> nn.Module | None:
     halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in floating)
     if not halves or sum(p.numel() for p in floating) > LARGE:
         return None
-    wide = copy.deepcopy(model).float()
+    return _in(model, torch.float32)
+
+
+def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy in a wider dtype that takes the model's inputs."""
+    copied = copy.deepcopy(model)
+    wide = copied.double() if dtype == torch.float64 else copied.float()  # to() would cut complex tensors
     wide.register_forward_pre_hook(_widen, with_kwargs=True)
     return wide
 

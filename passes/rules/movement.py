@@ -170,16 +170,15 @@ def concatenate(walk: Walk, operands: list[Value], axis: int, shape: tuple[int, 
         if axis not in axes:
             labels = merge(relations, axes, members)
             for operand in operands:
-                walk._settle(labels, axes, operand)
+                walk.settle(labels, axes, operand)
             merged.append(labels)
             continue
         parts = []
         for operand in operands:
             own = [labels for labels in operand.labels if axes_of(labels) & axes]
             full = [operand.shape[a] if a in axes else 1 for a in range(len(shape))]
-            wide = frozenset(a for a in axes if full[a] > 1)
             if own:
-                parts.append(_covered(walk, own, wide, operand).expand(full))
+                parts.append(merge(relations, frozenset().union(*map(axes_of, own)), own).expand(full))
             elif operand.origin != CONSTANT:
                 parts.append(torch.full((1,) * len(shape), operand.origin).expand(full))
             else:
@@ -192,13 +191,6 @@ def concatenate(walk: Walk, operands: list[Value], axis: int, shape: tuple[int, 
                 parts.append(own_labels.reshape(others).expand(full))
         merged.append(compact(torch.cat(parts, dim=axis)))
     return walk.tidy(Value(shape, tuple(merged), origin, looked_up))
-
-
-def _covered(walk: Walk, own: list[torch.Tensor], wide: frozenset[int], operand: Value) -> torch.Tensor:
-    """Merge an operand's labels over the axes of a cluster."""
-    axes = frozenset().union(*(axes_of(labels) for labels in own))
-    labels = merge(walk.relations, axes, own)
-    return labels
 
 
 @rule("aten.pad", "aten.constant_pad_nd")

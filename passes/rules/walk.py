@@ -119,23 +119,22 @@ class Walk:
             else:
                 labels = merge(self.relations, axes, members)
             for operand in padded:
-                labels = self._settle(labels, axes, operand)
+                self.settle(labels, axes, operand)
             merged.append(labels)
         return Value(shape, tuple(merged), origin_of(operands), any(operand.looked_up for operand in operands))
 
-    def _settle(self, labels: torch.Tensor, axes: frozenset[int], operand: Value) -> torch.Tensor:
+    def settle(self, labels: torch.Tensor, axes: frozenset[int], operand: Value) -> None:
         """Tie labels along axes that an operand of data has without labels; pin them where it has all of them."""
         if operand.origin == CONSTANT:
-            return labels
+            return
         labelled = frozenset().union(*(axes_of(own) for own in operand.labels))
         bare = [axis for axis in axes if operand.shape[axis] > 1 and axis not in labelled]
         if not bare:
-            return labels
+            return
         if len(bare) == len(axes):
             self.relations.pin(labels, operand.origin)
         else:
             self.tie_along(labels, bare)
-        return labels
 
     def reduce(self, value: Value, axes: Sequence[int], *, keepdim: bool) -> Value:
         """Tie labels along axes and remove the axes (or leave size 1)."""
