@@ -42,12 +42,13 @@ Looks = tuple[Any, ...]
 
 @dataclass
 class Recorded:
-    """One call of a module: a private copy of what went in, and what came out."""
+    """One call of a module: a private copy of what went in, what came out, and with which attention implementation."""
 
     args: Any
     kwargs: Any
     out: list[torch.Tensor]
     path: Path
+    attention: str | None
 
 
 @dataclass
@@ -183,12 +184,22 @@ def _record_calls(module: nn.Module, seen: Watch, way: Path) -> list[Any]:
     def after(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         taken, named = pending.pop()
         if not any(call.path is way for call in seen.calls):  # one call of each path is enough
-            seen.calls.append(Recorded(taken, named, [t.detach().clone() for t in tensors_of(out)], way))
+            results = [t.detach().clone() for t in tensors_of(out)]
+            seen.calls.append(Recorded(taken, named, results, way, _implementation(module)))
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True),
     ]
+
+
+def _shared_config(module: nn.Module) -> Any:
+    """Return the first config that a module or one inside it holds, without overlays."""
+    return next((underlying(c) for m in module.modules() if (c := vars(m).get("config")) is not None), None)
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(_shared_config(module), IMPLEMENTATION_FIELD, None)
 
 
 def _private(tree: Any) -> Any:
@@ -306,7 +317,7 @@ class _Trial:
     def _call(self, call: Recorded) -> bool:
         args, kwargs = _private((call.args, call.kwargs))
         try:
-            with torch.no_grad(), evaluating(self.narrowed), _attention_of(self.narrowed, call.path.attention):
+            with torch.no_grad(), evaluating(self.narrowed), _attention_of(self.narrowed, call.attention):
                 out = tensors_of(self.narrowed(*args, **kwargs))
         except Exception:  # noqa: BLE001 - a wrong integer shows as any error
             return False
@@ -321,7 +332,7 @@ class _Trial:
 
 @contextmanager
 def _attention_of(module: nn.Module, implementation: str | None) -> Iterator[None]:
-    inner = next((underlying(c) for m in module.modules() if (c := vars(m).get("config")) is not None), None)
+    inner = _shared_config(module)
     if implementation is None or inner is None:
         yield
         return
