@@ -85,7 +85,7 @@ REFUSED = {
                        "all its channels go together (tied by aten.mean.dim)"),
     "a softmax": (lambda h: h.softmax(-1), "all its channels go together (tied by aten.softmax.int)"),
     "a roll": (lambda h: h.roll(2, -1), "aten.roll over a narrowed axis"),
-    "an index": (lambda h: h[..., (h.sum(-1)[0, :2] > 0).long()], "indexed by data"),
+    "an index": (lambda h: h[..., torch.cat([(h.sum(-1)[0] > 0).long()] * 2)], "indexed by data"),
     "a sort": (lambda h: h.sort(-1).values, "selected by value (aten.sort.default)"),
 }  # fmt: skip
 
