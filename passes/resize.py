@@ -327,7 +327,11 @@ def check(node: fx.Node, cut: Cut) -> None:
     call = Call(call.target, spelled(call.args, cut), call.kwargs)
     for labels in source.labels:
         full = labels.expand(source.shape)
-        expected, found = plain.run(full), call.run(cut.compress(source, full))
+        expected = plain.run(full)
+        try:
+            found = call.run(cut.compress(source, full))
+        except (RuntimeError, ValueError, IndexError) as error:  # sizes that do not fit each other
+            raise NarrowError(f"what is left does not pass through {operation(node)}") from error
         if isinstance(value, Value):
             expected, found, pieces = [expected], [found], [value]
         else:
