@@ -6,6 +6,7 @@ of them that makes the module compute what the masked one does, along every path
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ TRIES = 300
 CLOSE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 """A wrong integer shows far above these; the final verification is the exact one."""
 
+
+KEPT = (bool, int, float, str, torch.dtype, torch.device, nn.Module)
+"""Arguments that no call changes."""
 
 Edited = tuple[str, AnyEdit]
 """The module of an edit relative to the one that holds it, and the edit."""
@@ -203,8 +207,19 @@ def _implementation(module: nn.Module) -> str | None:
 
 
 def _private(tree: Any) -> Any:
-    """Copy the tensors in a call's arguments; anything else (caches, configs) is copied as a whole where possible."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tree)
+    """Copy a call's arguments: tensors, and objects that a call may change, such as caches."""
+    return pytree.tree_map(_copied, tree)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone()
+    if leaf is None or isinstance(leaf, KEPT) or hasattr(leaf, "to_dict"):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # noqa: BLE001 - objects refuse copies in any way they like; the call then gets the original
+        return leaf
 
 
 @contextmanager
