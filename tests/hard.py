@@ -53,8 +53,9 @@ class Hard(Architecture):
         audio: Name of the waveform or spectrogram among the inputs, if there is one.
         mask: Whether to pass ``attention_mask``.
         image_tokens: Whether the text holds a place for every patch of the image, at its start.
-        experts: How experts compute; grouped kernels have no float64.
+        experts: How experts compute; grouped kernels have no float64, and loops cannot be traced.
         given: Whether ``fxslim`` has to be given example inputs.
+        slow: Whether tracing takes more than ten seconds.
     """
 
     audio: str = ""
@@ -62,6 +63,7 @@ class Hard(Architecture):
     image_tokens: bool = False
     experts: str = ""
     given: bool = False
+    slow: bool = False
 
     def build(self, dtype: torch.dtype = torch.float64, attn: Attention = "eager") -> nn.Module:
         model: Any = super().build(dtype, attn)
@@ -175,8 +177,10 @@ class Plain(Hard):
         return made
 
 
-def _plain(name: str, make: Callable[[], nn.Module], padded: bool = True, **shapes: tuple[int | str, ...]) -> Plain:
-    return Plain(name, "", "", {}, sdpa=False, text=False, given=True, make=make, shapes=shapes, padded=padded)
+def _plain(
+    name: str, model: str, make: Callable[[], nn.Module], padded: bool = True, **shapes: tuple[int | str, ...]
+) -> Plain:
+    return Plain(name, model, "", {}, sdpa=False, text=False, given=True, make=make, shapes=shapes, padded=padded)
 
 
 _T5 = {
@@ -256,7 +260,7 @@ _GPT_OSS = {
     "head_dim": 6,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "sliding_window": 4,
+    "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention"],
 }
 _AUDIO = {
@@ -275,6 +279,7 @@ _WHISPER = {
     "max_source_positions": FRAMES // 2,
     "max_target_positions": POSITIONS,
     "begin_suppress_tokens": None,
+    "suppress_tokens": [PAD],
 }
 _TOWER = {**_VISION, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 36}
 _SIGLIP = {"text_config": {**_BERT, "projection_size": 24}, "vision_config": _TOWER}
@@ -344,7 +349,7 @@ _ENTRIES: tuple[Hard, ...] = (
     _hard("deberta_v2_shared", "DebertaV2ForSequenceClassification", "DebertaV2Config",
           {**_DEBERTA, "share_att_key": True}, sdpa=False),
     # Windows, shifted; one layer called many times; frames, patches, two towers.
-    _hard("swin", "SwinForImageClassification", "SwinConfig", _SWIN, text=False, image=True),
+    _hard("swin", "SwinForImageClassification", "SwinConfig", _SWIN, text=False, image=True, slow=True),
     _hard("albert", "AlbertForSequenceClassification", "AlbertConfig", {**_BERT, **_LABELS, "embedding_size": 20}),
     _encoder_decoder("pegasus", "PegasusForConditionalGeneration", "PegasusConfig", _BART),
     _encoder_decoder("whisper", "WhisperForConditionalGeneration", "WhisperConfig", _WHISPER, text=False,
@@ -359,18 +364,18 @@ _ENTRIES: tuple[Hard, ...] = (
     _decoder("llava", "LlavaForConditionalGeneration", "LlavaConfig", _LLAVA, image=True, image_tokens=True,
              given=True),
     # Experts, latent keys and values, linear attention.
-    _decoder("gpt_oss", "GptOssForCausalLM", "GptOssConfig", _GPT_OSS, sdpa=False, experts="eager"),
-    _decoder("deepseek_v2", "DeepseekV2ForCausalLM", "DeepseekV2Config", _DEEPSEEK, experts="eager"),
+    _decoder("gpt_oss", "GptOssForCausalLM", "GptOssConfig", _GPT_OSS, sdpa=False, min_length=4, experts="batched_mm"),
+    _decoder("deepseek_v2", "DeepseekV2ForCausalLM", "DeepseekV2Config", _DEEPSEEK, experts="batched_mm"),
     _decoder("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
-             experts="eager"),
-    _decoder("qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig", _QWEN3_NEXT, experts="eager"),
+             experts="batched_mm"),
+    _decoder("qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig", _QWEN3_NEXT, experts="batched_mm", slow=True),
     # Modules of torch: one tensor for query, key and value, and a call into a function that checks its sizes.
-    _plain("torch_encoder", lambda: Encoder(batch_first=True), x=("B", "S", WIDTH)),
-    _plain("torch_encoder_seq", lambda: Encoder(batch_first=False), x=("S", "B", WIDTH)),
-    _plain("torch_decoder", Decoder, x=("B", "S", WIDTH), memory=("B", MEMORY, WIDTH)),
-    _plain("torch_self", SelfAttention, x=("B", "S", WIDTH)),
-    _plain("torch_cross", CrossAttention, padded=False, x=("B", "S", WIDTH), keys=("B", MEMORY, KEYS),
-           values=("B", MEMORY, VALUES)),
+    _plain("torch_encoder", "nn.TransformerEncoder", lambda: Encoder(batch_first=True), x=("B", "S", WIDTH)),
+    _plain("torch_encoder_seq", "nn.TransformerEncoder", lambda: Encoder(batch_first=False), x=("S", "B", WIDTH)),
+    _plain("torch_decoder", "nn.TransformerDecoder", Decoder, x=("B", "S", WIDTH), memory=("B", MEMORY, WIDTH)),
+    _plain("torch_self", "nn.MultiheadAttention", SelfAttention, x=("B", "S", WIDTH)),
+    _plain("torch_cross", "nn.MultiheadAttention", CrossAttention, padded=False, x=("B", "S", WIDTH),
+           keys=("B", MEMORY, KEYS), values=("B", MEMORY, VALUES)),
 )  # fmt: skip
 
 HARD: Mapping[str, Hard] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
