@@ -177,12 +177,21 @@ def _without_special(ids: torch.Tensor, config: Any, vocabulary: int) -> torch.T
     return ids
 
 
-def fresh(program: Program, *, seed: int, batch: int | None = None, length: int | None = None) -> dict[str, Any]:
+def fresh(
+    program: Program, *, seed: int, batch: int | None = None, length: int | None = None, tokens: bool = True
+) -> dict[str, Any]:
     """Make inputs like the traced ones with other values, and other sizes where the trace left them open.
 
     Integer inputs draw from the values that the example holds at the same place in the sequence (so that end tokens
     stay at the end), floating-point ones from a normal distribution with the example's mean and deviation, masks (two
-    values, mostly ones) get padding on the right in every second row.
+    values) get padding on the right in every second row.
+
+    Args:
+        program: the traced model.
+        seed: equal seeds give equal inputs.
+        batch: another batch size, where it is open.
+        length: another length, where it is open.
+        tokens: whether integers vary; some models count them (placeholders of images).
     """
     generator = torch.Generator().manual_seed(seed)
     leaves, spec = pytree.tree_flatten(dict(program.call.example))
@@ -198,6 +207,9 @@ def fresh(program: Program, *, seed: int, batch: int | None = None, length: int 
             if limit.input == name:
                 high = shape[limit.axis] if limit.high is None else limit.high
                 shape[limit.axis] = max(limit.low, min(shape[limit.axis], high))
+        if not tokens and not leaf.is_floating_point():
+            made.append(leaf)
+            continue
         made.append(_like(leaf, shape, generator))
     inputs: dict[str, Any] = pytree.tree_unflatten(made, spec)
     return inputs
@@ -223,9 +235,10 @@ def _like(leaf: torch.Tensor, shape: list[int], generator: torch.Generator) -> t
         return torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
     binary = bool(((values == 0) | (values == 1)).all())
     if binary and bool((values == 1).any()):
-        mask = torch.ones(shape, dtype=leaf.dtype)
+        at_padding = values.ndim > 0 and values.shape[-1] > 0 and not bool(values[..., 0].any())  # torch's own masks
+        mask = torch.full(shape, not at_padding, dtype=leaf.dtype)
         if mask.ndim >= 2 and shape[-1] > 3:
-            mask[1::2, ..., -(shape[-1] // 3) :] = 0
+            mask[1::2, ..., -(shape[-1] // 3) :] = at_padding
         return mask.to(leaf.device)
     flat = values.reshape(-1)
     drawn = flat[torch.randint(0, flat.numel(), shape, generator=generator)]

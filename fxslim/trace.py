@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError, UnsupportedModelError
+from fxslim.functional import functionalize
 from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic, named_tensors
 
 LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
@@ -40,7 +41,7 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
     without_caches(shadow)
     with quiet(), torch.no_grad():
         exported, example = _export(shadow, candidates, type(model).__name__)
-        if any(_mutates(node) for node in exported.graph.nodes):
+        if not functionalize(copy.deepcopy(exported.graph)):
             exported = exported.run_decompositions({})
     return _program(model, shadow, exported, example, filled)
 
@@ -157,11 +158,6 @@ def _export(
     ) from first
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
-
-
 def _program(
     model: nn.Module,
     shadow: nn.Module,
@@ -172,6 +168,7 @@ def _program(
     graph = copy.deepcopy(exported.graph_module).graph
     renamed = _renamed(exported.graph, graph)
     _inline_regions(graph)
+    functionalize(graph)
     _spell_shapes(graph)
     tensors, aliases = _named_tensors(model)
     tensor_of: dict[str, str] = {}

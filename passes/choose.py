@@ -51,7 +51,7 @@ class Request:
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise RequestError(f"round_to={self.round_to!r}: give a whole number of at least 1.")
         for name in self.unsupported:
-            raise RequestError(f"{name}= is not supported yet: this version removes ffn=, heads=, kv_groups= and value=.")
+            raise RequestError(f"{name}= is not supported yet: this version takes ffn=, heads=, kv_groups= and value=.")
 
     @property
     def lossless(self) -> bool:

@@ -27,7 +27,7 @@ from fxslim.program import forward_parameters
 from fxslim.trace import share
 
 IMPLEMENTATION_FIELD = "_attn_implementation"
-MOST = 3
+MOST = 4
 """Largest number of integers that are changed together in one module."""
 TRIES = 300
 """Largest number of sets of integers that are tried on one module."""

@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from fxslim.dtypes import Following, limit_of
 from fxslim.errors import InputError, UnsupportedModelError
 from fxslim.passes.annotate import ASSERTIONS, operation
 from fxslim.program import CallSpec, Program, SizeRange, hint, is_symbolic
@@ -35,12 +36,14 @@ class Caller:
         inputs: (name, fixed sizes by axis, dtype) of every leaf of the example; None where a leaf is no tensor.
         name: what to call the model in errors.
         ranges: sizes for which the trace holds.
+        following: what follows the dtype when the graph is cast.
     """
 
     call: CallSpec
     inputs: tuple[tuple[str, Mapping[int, int], bool] | None, ...]
     name: str
     ranges: tuple[SizeRange, ...] = ()
+    following: Following = field(default_factory=Following)
 
     def bind(self, given: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of the inputs in the graph's order; raise InputError for anything that was not traced."""
@@ -80,8 +83,8 @@ class Caller:
         if value is None and isinstance(traced, torch.Tensor):
             if name not in self.call.filled:
                 raise InputError(f"{self.name} was compiled with the input {name!r}; give it.")
-            main = next(v for k, v in given.items() if isinstance(v, torch.Tensor) and k in self.call.example)
-            return [torch.ones(main.shape[: traced.ndim], dtype=traced.dtype, device=main.device)]
+            like = self._like(name, traced, given)
+            return [torch.ones(like.shape[: traced.ndim], dtype=traced.dtype, device=like.device)]
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(traced)):
             if value is not traced and value != traced:
                 raise InputError(f"{self.name} was compiled with {name}={traced!r}; it cannot take {value!r}.")
@@ -92,6 +95,15 @@ class Caller:
         if spec != pytree.tree_structure(traced):
             raise InputError(f"{self.name} was compiled with another structure of the input {name!r}.")
         return leaves
+
+    def _like(self, name: str, traced: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """Return the given input that had a mask's shape when both were traced; ids before pixels."""
+        example = {k: v for k, v in self.call.example.items() if isinstance(given.get(k), torch.Tensor)}
+        shaped = [k for k, v in example.items() if v.shape[: traced.ndim] == traced.shape] or list(example)
+        side = name.startswith("decoder_")
+        best = min(shaped, key=lambda k: (k.startswith("decoder_") != side, example[k].is_floating_point()))
+        found: torch.Tensor = given[best]
+        return found
 
     def _check(self, leaf: Any, spec: tuple[str, Mapping[int, int], bool] | None) -> None:
         if spec is None:
@@ -179,14 +191,18 @@ class CompiledModule(fx.GraphModule):
         return copied.eval()
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
-        """Move; cast only where no operation names a dtype: it may mean the model's, or float32 on purpose."""
+        """Move and cast; what names a dtype on purpose keeps it."""
         own = {parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()}
-        if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in own) and _names_dtype(self.graph):
+        following = self._caller.following
+        if following.reason and any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in own):
             raise UnsupportedModelError(
-                f"this graph keeps the dtype that it was traced in ({', '.join(map(str, own))}), which some of its "
-                "operations name; cast the model and compile it again."
+                f"this graph cannot be cast: {following.reason}; cast the model and compile it again."
             )
+        meant = {name: _get(self, name) for name in following.meant}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in meant.items():
+            path, _, leaf = name.rpartition(".")
+            self.get_submodule(path)._buffers[leaf] = tensor.to(_get(self, name).device)
         return self
 
     def train(self, mode: bool = True) -> CompiledModule:
@@ -199,7 +215,9 @@ class CompiledModule(fx.GraphModule):
         return super().train(False)
 
 
-def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor], *, name: str) -> CompiledModule:
+def emit(
+    program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor], *, name: str, following: Following
+) -> CompiledModule:
     """Turn a rewritten graph into a module.
 
     Args:
@@ -207,6 +225,7 @@ def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor],
         graph: the rewritten graph; it is taken over.
         tensors: canonical tensor name -> tensor.
         name: the model's class name.
+        following: what follows the dtype when the graph is cast.
     """
     _strip_assertions(graph)
     _follow_device(graph, program)
@@ -221,6 +240,7 @@ def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor],
             attribute.meta = dict(node.meta)
             node.replace_all_uses_with(attribute)
             graph.erase_node(node)
+    _follow_dtype(graph, tensors, following)
     graph.eliminate_dead_code()
     graph.set_codegen(CallCodeGen(program.call))
     module = CompiledModule(root, graph, class_name=name)
@@ -228,14 +248,8 @@ def emit(program: Program, graph: fx.Graph, tensors: Mapping[str, torch.Tensor],
         _register(module, tensor_name, tensor, program)
     for alias, canonical in program.aliases.items():
         _register(module, alias, _get(module, canonical), program)
-    module._caller = Caller(program.call, _specs(program), name, program.ranges)
+    module._caller = Caller(program.call, _specs(program), name, program.ranges, following)
     return module.eval()
-
-
-def _names_dtype(graph: fx.Graph) -> bool:
-    """Tell whether any operation names a floating-point dtype."""
-    leaves = (leaf for node in graph.nodes for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))))
-    return any(isinstance(leaf, torch.dtype) and leaf.is_floating_point for leaf in leaves)
 
 
 def _own(tensor: torch.Tensor, original: torch.Tensor | None) -> torch.Tensor:
@@ -265,6 +279,25 @@ def _follow_device(graph: fx.Graph, program: Program) -> None:
         if node.op == "call_function" and node is not device:
             node.args = pytree.tree_map(lambda a: device if isinstance(a, torch.device) else a, node.args)
             node.kwargs = pytree.tree_map(lambda a: device if isinstance(a, torch.device) else a, node.kwargs)
+
+
+def _follow_dtype(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], following: Following) -> None:
+    """Let every dtype that is the model's, and every number that is a limit of it, follow a parameter."""
+    if not following.places:
+        return
+    parameters = (node for node in graph.find_nodes(op="get_attr") if isinstance(tensors[node.target], nn.Parameter))
+    anchor = next(node for node in parameters if tensors[node.target].is_floating_point())
+    made: dict[str, fx.Node] = {}
+    with graph.inserting_after(anchor):
+        for what in sorted({what for places in following.places.values() for what in places.values()}):
+            reads = (builtins.getattr, (anchor, "dtype")) if what == "dtype" else (limit_of, (anchor, what))
+            made[what] = graph.call_function(*reads)
+    for node in graph.nodes:
+        for place, what in following.places.get(node.name, {}).items():
+            if isinstance(place, str):
+                node.kwargs = {**node.kwargs, place: made[what]}
+            else:
+                node.args = (*node.args[:place], made[what], *node.args[place + 1 :])
 
 
 def _register(root: nn.Module, name: str, tensor: torch.Tensor, program: Program) -> None:

@@ -37,12 +37,13 @@ class Path:
     generate: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
-        """Return the tensors that the model returns along this path."""
+        """Return the tensors that the model returns along this path; it gets inputs that it may write into."""
+        inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, dict(self.inputs))
         with torch.no_grad(), evaluating(model), _attention(model, self.attention):
             if self.generate:
-                return _generate(model, self.inputs)
+                return _generate(model, inputs)
             with _without_caches(model):
-                return tensors_of(model(**self.inputs))
+                return tensors_of(model(**inputs))
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:

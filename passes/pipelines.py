@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from fxslim.count import macs, parameters
+from fxslim.dtypes import Following, follow
 from fxslim.errors import PlanError, UnsupportedModelError
 from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
@@ -256,22 +257,26 @@ class Refer:
                 "the weights are on meta: fxslim.inspect and fxslim.plan work without weights, narrowing needs them."
             )
         modules = () if self.graph else to_watch(model, plan, thorough=self.thorough)
-        try:
-            made = self._refer(program, model, plan, modules, fresh_sizes=True)
-        except Exception:  # noqa: BLE001 - a model may refuse other sizes for reasons of its own
-            made = self._refer(program, model, plan, modules, fresh_sizes=False)
+        made = None
+        for sizes, tokens in ((True, True), (False, True)):
+            try:
+                made = self._refer(program, model, plan, modules, sizes=sizes, tokens=tokens)
+                break
+            except Exception:  # noqa: BLE001 - a model may refuse other sizes or tokens for reasons of its own
+                continue
+        made = made or self._refer(program, model, plan, modules, sizes=False, tokens=False)
         if self.lossless and plan.sites:
             compare(model, model, plan, made.references[:1])
         return facts.adding(made)
 
     def _refer(
-        self, program: Program, model: nn.Module, plan: Plan, modules: tuple[str, ...], *, fresh_sizes: bool
+        self, program: Program, model: nn.Module, plan: Plan, modules: tuple[str, ...], *, sizes: bool, tokens: bool
     ) -> References:
-        batch, length, one = (BATCH + 1, LENGTH + 2, 1) if fresh_sizes else (None, None, None)
-        varied = fresh(program, seed=1, batch=batch, length=length)
+        batch, length, one = (BATCH + 1, LENGTH + 2, 1) if sizes else (None, None, None)
+        varied = fresh(program, seed=1, batch=batch, length=length, tokens=tokens)
         ways = (
             *paths(model, varied, filled=program.call.filled),
-            Path("batch of one" if fresh_sizes else "other values", fresh(program, seed=2, batch=one)),
+            Path("batch of one" if sizes else "other values", fresh(program, seed=2, batch=one, tokens=tokens)),
         )
         watches = {path: Watch() for path in modules}
         return References(
@@ -324,12 +329,24 @@ def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozens
 
 
 @dataclass(frozen=True)
+class Follow:
+    """Find out which dtypes in the graph are the model's. Ensures: a cast graph means what a cast model means."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program)
+    ensures: ClassVar[tuple[type, ...]] = (Program, Following)
+
+    def run(self, facts: Facts) -> Facts:
+        """Follow."""
+        return facts.adding(*follow(facts.get(Subject).model, facts.get(Program)))
+
+
+@dataclass(frozen=True)
 class NarrowGraph:
     """Rewrite the graph and emit it. Ensures: a GraphModule with the model's names and signature."""
 
     narrow: bool = True
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Cut)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Cut, Following)
     ensures: ClassVar[tuple[type, ...]] = (Narrowed,)
 
     def run(self, facts: Facts) -> Facts:
@@ -337,7 +354,8 @@ class NarrowGraph:
         program, cut = facts.get(Program), facts.get(Cut)
         made = rewrite(program, cut) if self.narrow else insert_masks(program, facts.get(Labels), cut)
         name = type(facts.get(Subject).original).__name__
-        return facts.adding(Narrowed(emit(program, made.graph, made.tensors, name=name)))
+        following = facts.get(Following)
+        return facts.adding(Narrowed(emit(program, made.graph, made.tensors, name=name, following=following)))
 
 
 @dataclass(frozen=True)
@@ -413,6 +431,8 @@ def inspecting() -> Pipeline:
 
 def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...]) -> Pipeline:
     """Return the pipeline that narrows a model by a request, or by a plan that is given."""
+    graph = any(isinstance(step, NarrowGraph) for step in last)
+    first = (INSPECT[0], Follow(), *INSPECT[1:]) if graph else INSPECT
     if given_plan:
-        return Pipeline((*INSPECT, *CHECK_PLAN, *last), given=(Subject, Plan))
-    return Pipeline((*INSPECT, Choose(request), Take(), *last), given=(Subject,))
+        return Pipeline((*first, *CHECK_PLAN, *last), given=(Subject, Plan))
+    return Pipeline((*first, Choose(request), Take(), *last), given=(Subject,))

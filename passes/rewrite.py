@@ -141,11 +141,15 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
             _gather(old, new, bias, value, cut, graph, range(len(value.shape)))
         return
     value = cut.labels.values.get(old)
-    if not isinstance(value, Value) or not cut.touches(value) or not _joins(name, old):
+    if not isinstance(value, Value) or not cut.touches(value) or not (name in BY_INDEX or _joins(name, old)):
         return
     for argument in old.all_input_nodes:
         if isinstance(cut.labels.values.get(argument), Value):
             _gather(old, new, argument, value, cut, graph, range(len(value.shape)))
+
+
+BY_INDEX = ("aten.gather", "aten.take_along_dim")
+"""Operations whose index has the result's shape: a table of positions, repeated for heads."""
 
 
 def _joins(name: str, node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ from fxslim.passes.name import Naming
 from fxslim.plan import Kind, Note, Site, Slice
 from fxslim.program import Program, common_path, module_path
 
-
 VALUE_CHANNELS = ("v", "out")
 """Roles of a site inside an attention whose heads do not go: its units are value channels."""
 

@@ -648,19 +648,6 @@ def test_graphs_are_for_inference() -> None:
     assert graph.train(False) is graph
 
 
-def test_graphs_that_name_a_dtype_do_not_change_it() -> None:
-    """Whether a cast in the trace meant the model's dtype or float32 cannot be told, so nothing is guessed."""
-    model = bert()
-    before, graph = state(model), fxslim.compile(model, ffn=0.5)
-    expected = outputs(graph, ids())
-    for cast in (lambda: graph.float(), lambda: graph.to(torch.bfloat16), lambda: graph.half()):
-        with pytest.raises(UnsupportedModelError, match=r"keeps the dtype that it was traced in .*cast the model"):
-            cast()
-    assert graph.double().to("cpu") is graph
-    assert difference(expected, outputs(graph, ids())) == 0
-    assert same_state(before, state(model))
-
-
 def test_what_is_loaded_into_a_graph_does_not_reach_the_model() -> None:
     model = bert()
     before, graph = state(model), fxslim.compile(model, ffn=0.5)

@@ -21,7 +21,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"program", "plan", "overlay", "gather"}),
     frozenset(
         {
+            "functional",
             "trace",
+            "dtypes",
             "inputs",
             "flow",
             "match",

@@ -254,7 +254,7 @@ def convolution(walk: Walk, node: fx.Node) -> Any:
         scale = walk.move(matrix, lambda t: t[:, :1].reshape(1, -1), (1, weight.shape[0]))
         product = walk.join([channels, scale], (x.shape[0], x.shape[1]))
     else:
-        return walk.opaque(node, f"no rule for a convolution in {groups} groups")
+        return walk.opaque(node, f"a convolution in {groups} groups mixes its channels")
     bias = parameter(node, "bias", 2)
     if bias is not None:
         product = walk.join([product, walk.value(bias)], product.shape)

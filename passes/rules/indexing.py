@@ -169,6 +169,6 @@ def scatter(walk: Walk, node: fx.Node) -> Any:
     """Writes at places given by data: only unlabelled values pass."""
     operands = walk.operands(node)
     if any(operand.labels for operand in operands):
-        return walk.opaque(node, f"no rule for {node.target} on labelled values")
+        return walk.opaque(node, f"written at places given by data ({node.target})")
     origin = next((operand.origin for operand in operands if operand.origin != CONSTANT), CONSTANT)
     return walk.bare(node, origin, looked_up=any(operand.looked_up for operand in operands))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fxslim
+from fxslim.dtypes import Following
 from fxslim.errors import NarrowError
 from fxslim.passes.annotate import Labels
 from fxslim.passes.cut import Cut
@@ -58,7 +59,7 @@ def test_what_is_left_is_what_the_kept_heads_compute(form: str) -> None:
     program, labels, cut = _cut()
     before = program_lines(program)
     made = rewrite(program, cut) if form == "narrowed" else insert_masks(program, labels, cut)
-    module = emit(program, made.graph, made.tensors, name="Toy")
+    module = emit(program, made.graph, made.tensors, name="Toy", following=Following())
     for batch, length in ((2, 3), (3, 5), (1, 4)):
         x = numbers(batch, length, 4, seed=batch)
         with torch.no_grad():
@@ -110,7 +111,10 @@ def test_a_shared_size_is_rewritten_for_each_use() -> None:
     program, labels = labelled(function, X, up_a=(6, 4), down_a=(4, 6), up_b=(6, 4), down_b=(4, 6))
     cut = cut_rows(program, labels, {("down_a", 1): [0, 1, 2]})
     made = rewrite(program, cut)
-    module, masked = (emit(program, r.graph, r.tensors, name="Toy") for r in (made, insert_masks(program, labels, cut)))
+    module, masked = (
+        emit(program, r.graph, r.tensors, name="Toy", following=Following())
+        for r in (made, insert_masks(program, labels, cut))
+    )
     x = numbers(3, 5, 4, seed=1)
     with torch.no_grad():
         assert float((module(x) - masked(x)).abs().max()) < 1e-12
