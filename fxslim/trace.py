@@ -172,6 +172,7 @@ def _program(
     graph = copy.deepcopy(exported.graph_module).graph
     renamed = _renamed(exported.graph, graph)
     _inline_regions(graph)
+    graph.eliminate_dead_code()  # what nobody reads (averaged attention weights) must not tie what it is made of
     tensors, aliases = _named_tensors(model)
     tensor_of: dict[str, str] = {}
     inputs: list[str] = []

@@ -29,16 +29,19 @@ class Path:
         inputs: keyword inputs.
         attention: the attention implementation to switch to, or None for the model's own.
         generate: whether to run greedy decoding with a cache instead of one forward.
+        fused: whether layers of torch's own may run as one kernel each. Their results at padding differ from those of
+            the operations they stand for, which are what a graph holds.
     """
 
     name: str
     inputs: Mapping[str, Any]
     attention: str | None = None
     generate: bool = False
+    fused: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
         """Return the tensors that the model returns along this path."""
-        with torch.no_grad(), evaluating(model), _attention(model, self.attention):
+        with torch.no_grad(), evaluating(model), _attention(model, self.attention), _fused(self.fused):
             if self.generate:
                 return _generate(model, self.inputs)
             with _without_caches(model):
@@ -68,6 +71,8 @@ def paths(model: nn.Module, inputs: Mapping[str, Any], *, filled: frozenset[str]
             found.append(Path(f"{other} attention without mask", bare, attention=other))
     if generates(model) and "input_ids" in inputs:
         found.append(Path("generate with cache", inputs, generate=True))
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        found.append(Path("fused layers", inputs, fused=True))
     return tuple(found)
 
 
@@ -88,6 +93,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _fused(wanted: bool) -> Iterator[None]:
+    """Turn the fused layers of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` off, unless they are wanted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before and wanted)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _other_attention(model: nn.Module) -> tuple[str, ...]:

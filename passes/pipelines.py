@@ -356,7 +356,7 @@ class Verify:
 
 def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
     """Return the paths that a graph can run: one forward, with the attention that was traced."""
-    return tuple(path for path in ways if not path.generate and path.attention is None)
+    return tuple(path for path in ways if not path.generate and not path.fused and path.attention is None)
 
 
 @dataclass(frozen=True)
