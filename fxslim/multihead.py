@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` with some of its heads: the width of its inputs and outputs no longer says how wide they are.
+"""``nn.MultiheadAttention`` with some of its heads.
 
 Torch's own forward splits its projections by ``embed_dim // num_heads``, so it cannot run on narrowed weights.
 """
@@ -147,8 +147,8 @@ class NarrowedMultiheadAttention(nn.MultiheadAttention):
         if mask.dim() == 3 and mask.shape[0] == batch * self.num_heads:
             return mask.unflatten(0, (batch, self.num_heads))
         raise InputError(
-            f"attn_mask has shape {tuple(mask.shape)}; expected (L, S), or {batch} times {self.dense_heads} heads (or the "
-            f"{self.num_heads} that are left) in front."
+            f"attn_mask has shape {tuple(mask.shape)}; expected (L, S), or {batch} times {self.dense_heads} heads (or "
+            f"the {self.num_heads} that are left) in front."
         )
 
     def _extended(self, k: Tensor, v: Tensor, bias: Maybe) -> tuple[Tensor, Tensor, Maybe]:

@@ -108,8 +108,8 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
             )
         if owner.num_heads != edit.size:
             raise PlanError(
-                f"the plan expects {edit.module}.num_heads to be {edit.size}, found {owner.num_heads!r}: it was made for "
-                "another model, or is already applied."
+                f"the plan expects {edit.module}.num_heads to be {edit.size}, found {owner.num_heads!r}: it was made "
+                "for another model, or is already applied."
             )
     if not edit.keep or any(head >= edit.size for head in edit.keep):
         verb = "keeps" if isinstance(edit, MultiheadEdit) else "gathers"

@@ -53,13 +53,20 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-def paths(model: nn.Module, inputs: Mapping[str, Any], *, filled: frozenset[str] = frozenset()) -> tuple[Path, ...]:
+def paths(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    filled: frozenset[str] = frozenset(),
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Path, ...]:
     """Return every path that a model offers for some inputs.
 
     Args:
         model: the dense model.
         inputs: keyword inputs.
         filled: names of inputs that may be left out.
+        given: inputs of the user's, for layers of torch's own that are fused: made-up masks leave rows without keys.
     """
     found = [Path("as given", inputs)]
     bare = {name: value for name, value in inputs.items() if name not in filled}
@@ -71,8 +78,10 @@ def paths(model: nn.Module, inputs: Mapping[str, Any], *, filled: frozenset[str]
             found.append(Path(f"{other} attention without mask", bare, attention=other))
     if generates(model) and "input_ids" in inputs:
         found.append(Path("generate with cache", inputs, generate=True))
-    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        found.append(Path("fused layers", inputs, fused=True))
+    if given is not None and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        fused = Path("fused layers", given, fused=True)
+        if all(bool(t.isfinite().all()) for t in fused.run(model)):  # rows without a key: NaN fused, zero otherwise
+            found.append(fused)
     return tuple(found)
 
 

@@ -270,7 +270,7 @@ class Refer:
         batch, length, one = (BATCH + 1, LENGTH + 2, 1) if fresh_sizes else (None, None, None)
         varied = fresh(program, seed=1, batch=batch, length=length)
         ways = (
-            *paths(model, varied, filled=program.call.filled),
+            *paths(model, varied, filled=program.call.filled, given=program.call.example),
             Path("batch of one" if fresh_sizes else "other values", fresh(program, seed=2, batch=one)),
         )
         watches = {path: Watch() for path in modules}

@@ -221,7 +221,7 @@ CREATIONS = (
 
 @rule(*CREATIONS)
 def create(walk: Walk, node: fx.Node) -> Value:
-    """Axes whose size is a constant of the graph, or a multiple (batch times heads), get labels: it can be rewritten."""
+    """Axes whose size is a constant of the graph, or holds one (batch times heads), get labels: it can be rewritten."""
     shape = sizes(node)
     created = [axis for axis, size in enumerate(shape) if size > 1 and (fixed(node, axis) or multiple(node, axis))]
     return _copies(walk, Value(shape), created)
