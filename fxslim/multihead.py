@@ -118,10 +118,10 @@ class NarrowedMultiheadAttention(nn.MultiheadAttention):
         """Return queries, keys and values of all heads.  (..., D) -> 3 x (..., H'*E)"""
         if self.in_proj_weight is not None and query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        biases: tuple[Maybe, ...] = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
 
     def _split(self, projected: Tensor, batch_axis: int) -> Tensor:
