@@ -248,7 +248,8 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
         raise InputError(f"plan= takes a fxslim Plan, not {type(plan).__name__}.")
     what = _subject(model, example_inputs)
     candidates = bind(what.model, example_inputs)
-    ways = paths(what.model, candidates[0], filled=lines.MASKS if example_inputs is None else frozenset())
+    filled = lines.MASKS if example_inputs is None else frozenset()
+    ways = paths(what.model, candidates[0], filled=filled, given=candidates[0])
     if isinstance(small, CompiledModule):
         ways = lines.graph_paths(ways)
     return compare(what.model, small, plan, refer(what.model, plan, ways))

@@ -246,7 +246,24 @@ class AttentionEdit(Frozen):
     keep: tuple[Count, ...]
 
 
-AnyEdit = AttributeEdit | ConfigEdit | GatherEdit | AttentionEdit
+class MultiheadEdit(Frozen):
+    """An ``nn.MultiheadAttention`` that computes with some of its heads.
+
+    Attributes:
+        module: the attention.
+        name: the attribute that counts its heads.
+        size: number of heads before.
+        keep: the heads that are kept.
+    """
+
+    edit: Literal["multihead"] = "multihead"
+    module: Name
+    name: Literal["num_heads"] = "num_heads"
+    size: Count
+    keep: tuple[Count, ...]
+
+
+AnyEdit = AttributeEdit | ConfigEdit | GatherEdit | AttentionEdit | MultiheadEdit
 Edit = Annotated[AnyEdit, Field(discriminator="edit")]
 
 
@@ -382,8 +399,8 @@ def _chained(first: tuple[AnyEdit, ...], second: tuple[AnyEdit, ...]) -> tuple[A
         before = made.get(key)
         if before is None:
             made[key] = edit
-        elif isinstance(edit, GatherEdit | AttentionEdit):
-            assert isinstance(before, GatherEdit | AttentionEdit)
+        elif isinstance(edit, GatherEdit | AttentionEdit | MultiheadEdit):
+            assert isinstance(before, GatherEdit | AttentionEdit | MultiheadEdit)
             keep = tuple(before.keep[head] for head in edit.keep)
             made[key] = before.model_copy(update={"keep": keep})
         else:

@@ -170,6 +170,7 @@ def _program(
     _inline_regions(graph)
     functionalize(graph)
     _spell_shapes(graph)
+    graph.eliminate_dead_code()  # what nobody reads (averaged attention weights) must not tie what it is made of
     tensors, aliases = _named_tensors(model)
     tensor_of: dict[str, str] = {}
     inputs: list[str] = []

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxslim.multihead import is_narrowable
 from fxslim.overlay import underlying
+from fxslim.passes.heads import head_edits
 from fxslim.passes.narrow import apply_edit, narrowed_copy
 from fxslim.passes.paths import Path, evaluating, tensors_of
 from fxslim.passes.verify import distance
@@ -95,6 +97,11 @@ def find_edits(
         for part in parts:
             for old, new in sizes.get(part.site.name, {}).items():
                 merged[old] = merged.get(old, frozenset()) | new
+        heads = head_edits(model, plan, parts)
+        found.extend(heads or ())
+        if is_narrowable(model.get_submodule(path)):  # nothing else in there holds a size
+            stuck.extend(part.site.name for part in parts if heads is None)
+            continue
         looks = _looks(model, path, parts)
         if path not in watches:
             found.extend(_likewise(model, path, parts, known[looks], merged))
@@ -103,6 +110,7 @@ def find_edits(
         edits = _Trial(model, so_far, path, parts, watches[path], merged).search(known.get(looks, ()))
         if edits is None:
             stuck.extend(part.site.name for part in parts)
+            found = [edit for edit in found if edit not in (heads or ())]
         known[looks] = tuple((e.module[len(path) :], e) for e in edits or ())
         found.extend(edits or ())
     return Edits(tuple(found), tuple(stuck))
@@ -119,7 +127,7 @@ def holders(model: nn.Module, plan: Plan) -> dict[str, list[SitePlan]]:
 def to_watch(model: nn.Module, plan: Plan, *, thorough: bool) -> tuple[str, ...]:
     """Return which modules to watch: all that hold sites, or one of each look."""
     first: dict[Looks, str] = {}
-    every = holders(model, plan)
+    every = {p: parts for p, parts in holders(model, plan).items() if not is_narrowable(model.get_submodule(p))}
     for path, parts in every.items():
         first.setdefault(_looks(model, path, parts), path)
     return tuple(every) if thorough else tuple(first.values())
@@ -169,7 +177,7 @@ def watching(model: nn.Module, watches: Mapping[str, Watch], way: Path) -> Itera
     """Record what modules take, return and read, while the model runs along a path."""
     with _recording(model, watches):
         handles = []
-        if not way.generate:
+        if not way.generate and not way.fused:
             for path, seen in watches.items():
                 handles.extend(_record_calls(model.get_submodule(path), seen, way))
         try:

@@ -100,6 +100,8 @@ def _mask_input(gone: np.ndarray) -> Any:
 
 
 def _fill(value: torch.Tensor, mask: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    if value.is_nested:  # rows of different lengths, as torch's encoder packs them
+        return torch.nested.as_nested_tensor([_fill(row, mask, module) for row in value.unbind()])
     if value.shape[-1] != mask.shape[0]:
         raise PlanError(
             f"the input of {type(module).__name__} has {value.shape[-1]} channels, the plan masks {mask.shape[0]}: "

@@ -12,8 +12,9 @@ from torch import nn
 
 from fxslim.errors import PlanError
 from fxslim.gather import Gather, gather_in_attention
+from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay
-from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
+from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit, Plan, SitePlan
 from fxslim.program import forward_parameters, named_tensors
 
 SIZE_ATTRIBUTES = {
@@ -84,8 +85,8 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             owner: Any = module.get_submodule(edit.module)
         except AttributeError as error:
             raise PlanError(f"the plan edits {edit.module}.{edit.name}, which does not exist.") from error
-        if isinstance(edit, GatherEdit | AttentionEdit):
-            _check_gather(owner, edit)
+        if isinstance(edit, GatherEdit | AttentionEdit | MultiheadEdit):
+            _check_heads(owner, edit)
             continue
         holder = owner.config if isinstance(edit, ConfigEdit) else owner
         if getattr(holder, edit.name, None) != edit.old:
@@ -95,13 +96,24 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             )
 
 
-def _check_gather(owner: nn.Module, edit: GatherEdit | AttentionEdit) -> None:
+def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadEdit) -> None:
     if isinstance(edit, GatherEdit) and edit.name not in forward_parameters(owner)[0]:
         raise PlanError(f"the plan gathers {edit.name!r} of {edit.module}, whose forward does not take it.")
     if isinstance(edit, AttentionEdit) and getattr(owner, "config", None) is None:
         raise PlanError(f"the plan gathers in the attention of {edit.module}, which has no config.")
-    if any(head >= edit.size for head in edit.keep):
-        raise PlanError(f"the plan gathers heads of {edit.module} that do not exist.")
+    if isinstance(edit, MultiheadEdit):
+        if not is_narrowable(owner):
+            raise PlanError(
+                f"the plan narrows {edit.module} as torch's nn.MultiheadAttention, not a {type(owner).__name__}."
+            )
+        if owner.num_heads != edit.size:
+            raise PlanError(
+                f"the plan expects {edit.module}.num_heads to be {edit.size}, found {owner.num_heads!r}: it was made "
+                "for another model, or is already applied."
+            )
+    if not edit.keep or any(head >= edit.size for head in edit.keep):
+        verb = "keeps" if isinstance(edit, MultiheadEdit) else "gathers"
+        raise PlanError(f"the plan {verb} heads of {edit.module} that do not exist.")
 
 
 def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
@@ -173,5 +185,7 @@ def apply_edit(module: nn.Module, edit: AnyEdit) -> None:
     elif isinstance(edit, GatherEdit):
         hook = Gather(edit.name, edit.axis, edit.size, edit.keep, edit.runs)
         owner.register_forward_pre_hook(hook, with_kwargs=True)
-    else:
+    elif isinstance(edit, AttentionEdit):
         gather_in_attention(owner, edit.size, edit.keep)
+    else:
+        keep_heads(owner, edit.keep)

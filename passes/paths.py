@@ -29,17 +29,20 @@ class Path:
         inputs: keyword inputs.
         attention: the attention implementation to switch to, or None for the model's own.
         generate: whether to run greedy decoding with a cache instead of one forward.
+        fused: whether layers of torch's own may run as one kernel each. Their results at padding differ from those of
+            the operations they stand for, which are what a graph holds.
     """
 
     name: str
     inputs: Mapping[str, Any]
     attention: str | None = None
     generate: bool = False
+    fused: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
         """Return the tensors that the model returns along this path; it gets inputs that it may write into."""
         inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, dict(self.inputs))
-        with torch.no_grad(), evaluating(model), _attention(model, self.attention):
+        with torch.no_grad(), evaluating(model), _attention(model, self.attention), _fused(self.fused):
             if self.generate:
                 return _generate(model, inputs)
             with _without_caches(model):
@@ -51,13 +54,20 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-def paths(model: nn.Module, inputs: Mapping[str, Any], *, filled: frozenset[str] = frozenset()) -> tuple[Path, ...]:
+def paths(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    filled: frozenset[str] = frozenset(),
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Path, ...]:
     """Return every path that a model offers for some inputs.
 
     Args:
         model: the dense model.
         inputs: keyword inputs.
         filled: names of inputs that may be left out.
+        given: inputs of the user's, for layers of torch's own that are fused: made-up masks leave rows without keys.
     """
     found = [Path("as given", inputs)]
     bare = {name: value for name, value in inputs.items() if name not in filled}
@@ -69,6 +79,10 @@ def paths(model: nn.Module, inputs: Mapping[str, Any], *, filled: frozenset[str]
             found.append(Path(f"{other} attention without mask", bare, attention=other))
     if generates(model) and "input_ids" in inputs:
         found.append(Path("generate with cache", inputs, generate=True))
+    if given is not None and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        fused = Path("fused layers", given, fused=True)
+        if all(bool(t.isfinite().all()) for t in fused.run(model)):  # rows without a key: NaN fused, zero otherwise
+            found.append(fused)
     return tuple(found)
 
 
@@ -89,6 +103,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _fused(wanted: bool) -> Iterator[None]:
+    """Turn the fused layers of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` off, unless they are wanted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before and wanted)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _other_attention(model: nn.Module) -> tuple[str, ...]:

@@ -275,7 +275,7 @@ class Refer:
         batch, length, one = (BATCH + 1, LENGTH + 2, 1) if sizes else (None, None, None)
         varied = fresh(program, seed=1, batch=batch, length=length, tokens=tokens)
         ways = (
-            *paths(model, varied, filled=program.call.filled),
+            *paths(model, varied, filled=program.call.filled, given=program.call.example),
             Path("batch of one" if sizes else "other values", fresh(program, seed=2, batch=one, tokens=tokens)),
         )
         watches = {path: Watch() for path in modules}
@@ -374,7 +374,7 @@ class Verify:
 
 def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
     """Return the paths that a graph can run: one forward, with the attention that was traced."""
-    return tuple(path for path in ways if not path.generate and path.attention is None)
+    return tuple(path for path in ways if not path.generate and not path.fused and path.attention is None)
 
 
 @dataclass(frozen=True)

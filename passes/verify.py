@@ -272,7 +272,7 @@ def _outputs(model: nn.Module, owners: Mapping[str, str], path: Path) -> list[tu
         for name in owners:
             if name in modules:
                 handles.append(modules[name].register_forward_hook(
-                    lambda module, args, out, name=name: record.append((name, out.detach().clone()))))  # fmt: skip
+                    lambda module, args, out, name=name: record.append((name, _plain(out)))))  # fmt: skip
         path.run(model)
     except Exception:  # noqa: BLE001 - the run itself may be what is wrong; what was recorded still tells where
         return record
@@ -280,3 +280,8 @@ def _outputs(model: nn.Module, owners: Mapping[str, str], path: Path) -> list[tu
         for handle in handles:
             handle.remove()
     return record
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor; rows of different lengths are padded."""
+    return value.detach().to_padded_tensor(0.0) if value.is_nested else value.detach().clone()

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Value, axes_of, clusters, compact, merge
-from fxslim.passes.rules.walk import Walk, concrete, fixed, origin_of, parameter, rule, sizes
+from fxslim.passes.rules.walk import Walk, concrete, fixed, multiple, origin_of, parameter, rule, sizes
 
 MOVES = (
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.transpose", "aten.permute", "aten.t", "aten.slice",
@@ -221,7 +221,7 @@ CREATIONS = (
 
 @rule(*CREATIONS)
 def create(walk: Walk, node: fx.Node) -> Value:
-    """Axes whose size is a constant of the graph get labels: the constant can be rewritten."""
+    """Axes whose size is a constant of the graph, or holds one (batch times heads), get labels: it can be rewritten."""
     shape = sizes(node)
-    created = [axis for axis, size in enumerate(shape) if size > 1 and fixed(node, axis)]
+    created = [axis for axis, size in enumerate(shape) if size > 1 and (fixed(node, axis) or multiple(node, axis))]
     return _copies(walk, Value(shape), created)

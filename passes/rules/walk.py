@@ -238,3 +238,9 @@ def parameter(node: fx.Node, name: str, position: int, default: Any = None) -> A
 def fixed(node: fx.Node, axis: int) -> bool:
     """Tell whether a size of a node's tensor is a constant of the graph."""
     return not is_symbolic(node.meta["val"].shape[axis])
+
+
+def multiple(node: fx.Node, axis: int) -> bool:
+    """Tell whether a size of a node's tensor is a constant of the graph times an open size."""
+    size = node.meta["val"].shape[axis]
+    return is_symbolic(size) and bool(size.node.expr.as_coeff_Mul()[0] > 1)
