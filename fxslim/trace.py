@@ -193,7 +193,6 @@ def _program(
             raise TraceError(f"the traced graph takes a {kind} ({spec.target}), which fxslim cannot carry.")
     if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
         _drop_mutations(graph, exported)
-    graph.eliminate_dead_code()  # averages of attention weights that nobody reads would tie all heads
     names, defaults, trailing = forward_parameters(model)
     assert exported.call_spec.out_spec is not None
     call = CallSpec(
