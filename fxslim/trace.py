@@ -136,7 +136,9 @@ def _dynamic(value: Any) -> Any:
 
     if not isinstance(value, torch.Tensor):
         return None
-    return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if size > 1} or None
+    image = value.ndim >= 4 and value.is_floating_point() and value.shape[-3] > 1
+    axes = range(value.ndim - 3 if image else value.ndim)  # open heights and widths cost minutes in windowed attention
+    return {axis: Dim.AUTO for axis in axes if value.shape[axis] > 1} or None
 
 
 def _export(

@@ -308,7 +308,7 @@ class _Trial:
         self.path = path
         self.seen = seen
         self.candidates = [*_integers(seen, sizes), *_gathers(model.get_submodule(path), path, parts, seen)]
-        self.narrowed = _narrowed_part(model, plan, path)
+        self.narrowed = _narrowed_part(model, plan, path, parts)
 
     def search(self, known: Sequence[Edited]) -> tuple[AnyEdit, ...] | None:
         """Return the smallest set of edits under which the module computes what the masked one does."""
@@ -415,11 +415,13 @@ def _gathers(module: nn.Module, path: str, parts: Sequence[SitePlan], seen: Watc
     return list(made.values())
 
 
-def _narrowed_part(model: nn.Module, plan: Plan, path: str) -> nn.Module:
-    """Return a narrowed copy of one module, with everything inside it that the plan narrows so far."""
+def _narrowed_part(model: nn.Module, plan: Plan, path: str, parts: Sequence[SitePlan]) -> nn.Module:
+    """Return a copy of one module, narrowed at its own sites and at those that lie inside it."""
     prefix = f"{path}." if path else ""
     own = []
     for part in plan.sites:
+        if part not in parts and not all(piece.tensor.startswith(prefix) for piece in part.site.slices):
+            continue  # it would change the module's results
         slices = tuple(
             piece.model_copy(update={"tensor": piece.tensor[len(prefix) :]})
             for piece in part.site.slices
