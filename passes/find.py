@@ -17,6 +17,7 @@ from fxslim.labels import Value, axes_of
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
+from fxslim.passes.rules.contraction import COPIES, PICKS
 from fxslim.passes.rules.movement import MOVES
 from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
@@ -429,15 +430,14 @@ class _Search:
 
 
 def _moved_tensor(program: Program, node: fx.Node | None) -> bool:
-    """Tell whether a value is one tensor of the model, at most moved or cast."""
+    """Tell whether a value is one tensor of the model, at most moved, cast, or entries of it picked by data."""
     while node is not None and node.op == "call_function":
-        if operation(node) not in (*MOVES, *COPIES) or len(node.all_input_nodes) != 1:
+        moved = operation(node) in (*MOVES, *COPIES) and len(node.all_input_nodes) == 1
+        if not moved and operation(node) not in PICKS:
             return False
         node = node.all_input_nodes[0]
     return node is not None and program.tensor_name(node) is not None
 
-
-COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias")
 
 
 def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:

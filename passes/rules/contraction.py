@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Value, axes_of
-from fxslim.passes.rules.movement import repeat_axis
-from fxslim.passes.rules.walk import Use, Walk, parameter, rule, sizes
+from fxslim.passes.rules.movement import MOVES, repeat_axis
+from fxslim.passes.rules.walk import Use, Walk, parameter, pin_axis, rule, sizes
 
 
 def contract(
@@ -43,7 +43,10 @@ def contract(
     shape = tuple(extent.get(letter, 1) for letter in space)
     operands = [_spread(value, letters, space) for value, letters in ((first, left), (second, right))]
     sums = [space.index(letter) for letter in summed]
-    found = [is_parameter(v) and not _is_product(n) for v, n in zip((first, second), _arguments(node), strict=True)]
+    found = [
+        (is_parameter(value) and not _is_product(argument)) or _is_picked(walk, argument)
+        for value, argument in zip((first, second), _arguments(node), strict=True)
+    ]
     weights = found if parameters is None else list(parameters)
     by_weight = weights[0] != weights[1]
     if by_weight:
@@ -101,6 +104,8 @@ def is_parameter(value: Value) -> bool:
     return value.origin == CONSTANT and not value.looked_up and bool(value.labels)
 
 
+PICKS = ("aten.index", "aten.index_select")
+COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias")
 PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.matmul", "aten.addmm", "aten.baddbmm", "aten.einsum")
 
 
@@ -119,6 +124,18 @@ def _is_product(node: fx.Node | None) -> bool:
         else:
             pending.extend(n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
     return products
+
+
+def _is_picked(walk: Walk, node: fx.Node | None) -> bool:
+    """Tell whether a value is one parameter of which data picks entries: the weights of the experts of each token."""
+    picked = False
+    while node is not None and node.op == "call_function":
+        name = str(getattr(node.target, "overloadpacket", ""))
+        picked = picked or name in PICKS
+        if name not in (*PICKS, *MOVES, *COPIES) or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return picked and node is not None and is_parameter(walk.value(node))
 
 
 def _spread(value: Value, letters: str, space: str) -> Value:
@@ -144,6 +161,18 @@ def linear(walk: Walk, node: fx.Node) -> Value:
     out = contract(walk, node, x, weight, (batch + "i", "oi", batch + "o"), parameters=kinds)
     bias = parameter(node, "bias", 2)
     return out if bias is None else walk.join([out, walk.value(bias)], sizes(node))
+
+
+@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+def grouped_matmul(walk: Walk, node: fx.Node) -> Any:
+    """Product of rows with one matrix of several each (E, in, out): the matrices share their channels' numbers."""
+    x, weight = walk.value(node.args[0]), walk.value(node.args[1])
+    if len(x.shape) != 2 or len(weight.shape) != 3 or parameter(node, "bias", 3) is not None:
+        return walk.opaque(node, f"no rule for this form of {node.target}")
+    pin_axis(walk, weight, 0, "picked by data", node)
+    labels = tuple(own.reshape(own.shape[1:]) for own in weight.labels if own.shape[0] == 1)
+    matrix = Value(weight.shape[1:], labels, weight.origin, weight.looked_up)
+    return contract(walk, node, x, matrix, ("ti", "io", "to"))
 
 
 @rule("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot")
