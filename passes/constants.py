@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxslim.passes import products  # noqa: F401 - fills RULES
 from fxslim.passes.annotate import operation
@@ -64,11 +64,11 @@ class Constants:
         return over.state.reshape(-1).expand(size).numpy(), over.value.reshape(-1).double().expand(size).numpy()
 
 
-def constants(program: Program) -> Constants:
+def constants(program: Program, model: nn.Module) -> Constants:
     """Find what is constant; nothing where weights are on ``meta``."""
     if any(tensor.device.type == "meta" for tensor in program.tensors.values()):
         return Constants({})
-    tracker = Tracker(program)
+    tracker = Tracker(program, model)
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "call_function":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxslim.passes.annotate import operation
+from fxslim.passes.dropouts import dropping
 from fxslim.passes.rules.movement import MOVES, anyhow
 from fxslim.passes.rules.walk import concrete, sizes
 from fxslim.program import Program, is_symbolic
@@ -101,15 +103,22 @@ class Tracker:
 
     Attributes:
         program: the program; its tensors hold numbers.
+        model: the model that it is of, to see what it does in training mode.
         facts: node -> what is known of it.
         reasons: why something constant was lost, by number.
         tensors: tensors of the model, as far as nodes view them.
     """
 
     program: Program
+    model: nn.Module
     facts: dict[fx.Node, Result] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     tensors: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
+
+    @cached_property
+    def dropping(self) -> frozenset[str] | None:
+        """Return the modules that call a dropout in training mode; None where that cannot be seen."""
+        return dropping(self.model, self.program.call.example)
 
     def known(self, argument: Any) -> Fact | None:
         """Return what is known of an activation."""

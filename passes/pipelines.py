@@ -143,7 +143,7 @@ class Choose:
     def run(self, facts: Facts) -> Facts:
         """Choose."""
         model, program, sites = facts.get(Subject).model, facts.get(Program), facts.get(Sites)
-        constant = still(program, facts.get(Labels), constants(program), sites.sites)
+        constant = still(program, facts.get(Labels), constants(program, model), sites.sites)
         choice: Choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused, constant=constant)
         return facts.adding(new_plan(model, choice, self.request))
 

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from fxslim.passes.facts import CONSTANT, VARIES, Fact, Result, Tracker, fact, rule
-from fxslim.passes.rows import DROPOUT, HIDDEN, OTHER, bounded, unequal
+from fxslim.passes.rows import DROPOUT, HIDDEN, OTHER, UNKNOWN, bounded, unequal
 from fxslim.passes.rules.contraction import letters_of, matmul_names
 from fxslim.passes.rules.walk import parameter, sizes
+from fxslim.program import module_path
 
 PADDING = "a convolution pads its input with zeros"
 
@@ -61,7 +62,30 @@ def attention(tracker: Tracker, node: fx.Node) -> Result:
     if grouped:
         times = sizes(node)[-3] // value.state.shape[-3]
         value = value.map(lambda t: t.repeat_interleave(times, dim=-3))
-    return _weighted(tracker, value.over([-2 % value.state.ndim]), _unequal(tracker, node))
+    value = value.over([-2 % value.state.ndim])
+    return _weighted(tracker, node, value) if _moves(value) else value
+
+
+def _moves(known: Fact) -> bool:
+    """Tell whether any constant is not zero, so that the weights it is summed by matter."""
+    return bool((known.constant & (known.value != 0)).any())
+
+
+def _weighted(tracker: Tracker, node: fx.Node, known: Fact, weights: Any = None) -> Fact | None:
+    """Return what attention makes of values that are constant over the positions.
+
+    Args:
+        tracker: the walk.
+        node: the fused attention, or the product of weights and values.
+        known: what is known of the values, laid out as the result.
+        weights: the weights; None for a fused attention.
+    """
+    reason = _unequal(tracker, node) if weights is None else unequal(tracker.program, weights)
+    if reason is None:
+        dropping = tracker.dropping
+        dropped = dropping is not None and module_path(node) in dropping
+        reason = UNKNOWN if dropping is None else DROPOUT if dropped else None
+    return known if reason is None else tracker.losing(known, known.value != 0, reason)
 
 
 def _unequal(tracker: Tracker, node: fx.Node) -> str | None:
@@ -73,11 +97,6 @@ def _unequal(tracker: Tracker, node: fx.Node) -> str | None:
         return None
     floating = mask.meta["val"].is_floating_point()
     return None if floating and bounded(tracker.program, mask) else HIDDEN
-
-
-def _weighted(tracker: Tracker, known: Fact, reason: str | None) -> Fact | None:
-    """Return what attention makes of values that are constant over the positions."""
-    return known if reason is None else tracker.losing(known, known.value != 0, reason)
 
 
 def _shape(argument: Any) -> tuple[int, ...]:
@@ -107,18 +126,30 @@ def _contract(tracker: Tracker, node: fx.Node, first: Any, second: Any, names: t
         for weights, (values, letters) in (((first, left), (second, right)), ((second, right), (first, left))):
             known = tracker.known(values)
             if known is not None:
-                return _of_two(tracker, weights, (known, letters), out)
+                return _of_two(tracker, node, weights, (known, letters), out)
     return None
 
 
-def _of_two(tracker: Tracker, weights: tuple[Any, str], values: tuple[Fact, str], out: str) -> Fact | None:
-    """Sum constant values by weights that depend on data: attention weights, in any order of the operands."""
+def _of_two(
+    tracker: Tracker, node: fx.Node, weights: tuple[Any, str], values: tuple[Fact, str], out: str
+) -> Fact | None:
+    """Sum constant values by weights that depend on data: attention weights, in any order of the operands.
+
+    Args:
+        tracker: the walk.
+        node: the product.
+        weights: one operand, and its letters.
+        values: what is known of the other, and its letters.
+        out: the letters of the result.
+    """
     (argument, own), (known, letters) = weights, values
     summed = [letter for letter in letters if letter not in out]
     spread = _spread(known.over([letters.index(letter) for letter in summed]), letters, out)
-    if not bool((spread.constant & (spread.value != 0)).any()):
+    if not _moves(spread):
         return fact(spread.state, spread.value)
-    return _weighted(tracker, spread, unequal(tracker.program, argument) if summed == [own[-1]] else OTHER)
+    if summed != [own[-1]]:
+        return tracker.losing(spread, spread.value != 0, OTHER)
+    return _weighted(tracker, node, spread, argument)
 
 
 def _spread(known: Fact, letters: str, out: str) -> Fact:

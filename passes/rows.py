@@ -16,6 +16,7 @@ from fxslim.program import Program, is_symbolic
 
 HIDDEN = "a mask may hide all positions from a row of the attention"
 DROPOUT = "attention dropout changes the sums of the rows"
+UNKNOWN = "the model does not run in training mode, where attention may have dropout"
 SINKS = "part of the softmax is cut off, as with attention sinks"
 GATED = "the softmax is scaled or gated"
 OTHER = "the rows of the attention do not come straight from a softmax"
