@@ -12,6 +12,7 @@ from torch import fx
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.constants import Constants
 from fxslim.passes.facts import CONSTANT, COPIES
+from fxslim.passes.products import PADDING, pads
 from fxslim.passes.rules.movement import MOVES
 from fxslim.passes.rules.walk import Use, parameter
 from fxslim.plan import Fold, Site, Slice
@@ -19,6 +20,8 @@ from fxslim.program import Program
 
 ZERO, FOLDABLE, BLOCKED, VARIES = 0, 1, 2, 1 << 30
 """Verdicts in ascending order; BLOCKED and above stand for reasons, by number. The worst row decides of its unit."""
+
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ class _Judge:
         nodes = {use.node for use in uses}
         found: list[str] = []
         for node in nodes:
+            if operation(node) in CONVOLUTIONS and pads(node):
+                return (), PADDING
             bias = self.program.tensor_name(_bias(node))
             shape = [size for dim, size in enumerate(tensor.shape[:2]) if dim != piece.dim]
             if bias is None or bias in self.program.constants or list(self.program.tensors[bias].shape) != shape:
@@ -200,8 +205,9 @@ def _bias(node: fx.Node) -> object:
     """Return what a product adds to every row of its result."""
     name = operation(node)
     if name == "aten.addmm":
-        return node.args[0]
-    return parameter(node, "bias", 2) if name in ("aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d") else None
+        scaled = parameter(node, "beta", 3, 1) != 1 or parameter(node, "alpha", 4, 1) != 1
+        return None if scaled else node.args[0]
+    return parameter(node, "bias", 2) if name in ("aten.linear", *CONVOLUTIONS) else None
 
 
 def _source(program: Program, node: fx.Node | None) -> str | None:

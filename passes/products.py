@@ -225,7 +225,7 @@ def convolution(tracker: Tracker, node: fx.Node) -> Result:
     known = tracker.known(node.args[0])
     if known is not None:
         known = known.over([axis for axis in range(weight.ndim) if axis != 1])
-        known = tracker.losing(known, known.value != 0, PADDING) if _pads(node) else known
+        known = tracker.losing(known, known.value != 0, PADDING) if pads(node) else known
     if known is not None:
         count = sizes(node.args[0])[1]  # type: ignore[arg-type]
         known = known.map(lambda t: t.reshape(-1).expand(count))
@@ -260,7 +260,8 @@ def _depthwise(kernel: torch.Tensor, known: Fact | None) -> Fact | None:
     return fact(state, value.to(kernel.dtype))
 
 
-def _pads(node: fx.Node) -> bool:
+def pads(node: fx.Node) -> bool:
+    """Tell whether a convolution sees zeros around its input."""
     padding = parameter(node, "padding", 4, 0)
     if isinstance(padding, str):
         return padding != "valid"

@@ -63,7 +63,9 @@ def _keeps_last(node: fx.Node, source: Any) -> bool:
     if not isinstance(source, fx.Node) or not sizes(source) or not sizes(node):
         return False
     before, after = source.meta["val"].shape[-1], node.meta["val"].shape[-1]
-    if sizes(source)[-1] != sizes(node)[-1] or is_symbolic(before) != is_symbolic(after):
+    if sizes(source)[-1] != sizes(node)[-1] or (
+        str(before) != str(after) and (is_symbolic(before) or is_symbolic(after))
+    ):
         return False
     places = torch.arange(sizes(source)[-1]).expand(sizes(source))
     if name in (*COPIES, "aten.dropout", "aten.expand"):
