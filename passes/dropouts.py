@@ -51,7 +51,7 @@ class _Watch(TorchFunctionMode):
     """Records the modules in which a function is called with a probability to drop."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.entered: list[str] = []
         self.found: set[str] = set()
 
@@ -71,13 +71,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _probability(func: Any, args: Any, kwargs: Mapping[str, Any]) -> float:
+    """Return with which probability a call drops entries."""
     name = CALLS[func]
-    if name in kwargs:
-        given = kwargs
-    elif inspect.isfunction(func):
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
-    else:
-        given = dict(enumerate(args))
-        name = POSITION[name]
-    active = given.get("training", kwargs.get("training", True))
-    return float(given.get(name, 0.0)) if active else 0.0
+    if inspect.isfunction(func):
+        given = inspect.signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        return float(given.arguments[name]) if given.arguments["training"] else 0.0
+    place = POSITION[name]
+    return float(kwargs.get(name, args[place] if len(args) > place else 0.0))

@@ -177,7 +177,8 @@ class Tracker:
             return None
         if done in COPIES:  # a cast never makes anything nonzero of a zero
             return source.to(value.dtype) if source.numel() <= SMALL else source
-        return moved(node, source)
+        view: torch.Tensor = moved(node, source)
+        return view
 
 
 def moved(node: fx.Node, tensor: torch.Tensor) -> Any:

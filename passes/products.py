@@ -49,7 +49,8 @@ def einsum(tracker: Tracker, node: fx.Node) -> Result:
     if len(operands) != 2:
         return None
     names = letters_of(str(node.args[0]).replace(" ", ""), [len(_shape(operand)) for operand in operands])
-    return None if names is None else _contract(tracker, node, *operands, (names[0], names[1], names[2]))
+    first, second = operands
+    return None if names is None else _contract(tracker, node, first, second, (names[0], names[1], names[2]))
 
 
 @rule("aten.scaled_dot_product_attention")
@@ -188,8 +189,8 @@ def _by_weight(
     made = channels(matrix, known)
     if made is None:
         return None
-    names = "".join(free)
-    return _spread(made.map(lambda t: t.reshape([extent[letter] for letter in free])), names, out)
+    made = Fact(made.state, made.value.to(node.meta["val"].dtype))
+    return _spread(made.map(lambda t: t.reshape([extent[letter] for letter in free])), "".join(free), out)
 
 
 def channels(matrix: torch.Tensor, known: Fact | None) -> Fact | None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
 
 import fxslim
 from fxslim.errors import PlanError
+from fxslim.inputs import fresh
+from fxslim.passes.constants import constants
+from fxslim.passes.facts import Fact
 from fxslim.passes.narrow import replay
 from fxslim.plan import Plan
 
 from agreement import EXACT, INNER_FLOAT32, difference, outputs
 from architectures import ARCHITECTURES
+from traced import traced
 
 D, F, H, E = 8, 12, 3, 4
 DEAD = [1, 4, 7]
@@ -783,6 +789,69 @@ def test_masked_producers_of_transformers(name: str) -> None:
     expected, tolerance = outputs(model, inputs_of(name)), EXACT if name in ("bert", "gpt2") else INNER_FLOAT32
     for form in (small, graph):
         assert difference(expected, outputs(form, inputs_of(name))) <= tolerance
+
+
+def test_a_saved_model_keeps_what_was_folded(tmp_path: Path) -> None:
+    model: Any = ARCHITECTURES["bert_mlm"].build(torch.float32)
+    silence(model.bert.encoder.layer[1].intermediate.dense, [2, 3, 5])
+    small: Any = fxslim.slim(model)
+    assert small.fxslim.plan.sites[0].folds
+    fxslim.save_pretrained(small, tmp_path / "small")
+    loaded: Any = fxslim.from_pretrained(tmp_path / "small")
+    assert loaded.fxslim.plan.sites == small.fxslim.plan.sites
+    assert torch.equal(loaded.bert.encoder.layer[1].output.dense.bias, small.bert.encoder.layer[1].output.dense.bias)
+    assert difference(outputs(small, inputs_of("bert_mlm")), outputs(loaded, inputs_of("bert_mlm"))) <= 1e-5
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps every value."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.seen[n] = super().run_node(n)
+        return self.seen[n]
+
+    def values(self, *args: Any) -> dict[fx.Node, Any]:
+        self.seen: dict[fx.Node, Any] = {}
+        self.run(*args, enable_io_processing=False)
+        return self.seen
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert_qa", "gpt2", "gptj", "gpt_neox", "opt", "llama_gqa", "phi",
+                                  "phi3", "bart", "vit_classify", "clip"])  # fmt: skip
+def test_what_is_called_constant_is(name: str) -> None:
+    """An oracle: the graph is run, and every element of every value that is said to be constant is compared."""
+    model: Any = ARCHITECTURES[name].build()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for key in [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]:
+            setattr(module, key, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.Linear | Conv1D):
+            width = module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
+            rows = torch.randperm(width, generator=generator)[: width // 3]
+            module.weight.data.index_fill_(0 if isinstance(module, nn.Linear) else 1, rows, 0)
+    program = traced(model, None)
+    found = constants(program, model)
+    inputs = fresh(program, seed=5)
+    given_to = [program.tensors[program.tensor_of[n.name]] if n.name in program.tensor_of else None
+                for n in program.graph.nodes if n.op == "placeholder"]  # fmt: skip
+    leaves = iter(torch.utils._pytree.tree_leaves(inputs))
+    with torch.no_grad():
+        seen = Recorder(fx.GraphModule({}, program.graph)).values(
+            *(next(leaves) if tensor is None else tensor for tensor in given_to)
+        )
+    compared = 0
+    for node, fact in found.facts.items():
+        for known, value in (
+            [(fact, seen[node])] if isinstance(fact, Fact) else zip(fact or (), seen[node], strict=True)
+        ):
+            if known is not None:
+                where = known.constant.expand(value.shape)
+                gap = (value - known.value.expand(value.shape))[where].abs()
+                assert not gap.numel() or float(gap.max()) <= 1e-6 * max(1.0, float(value.abs().max())), node
+                compared += int(where.sum())
+    assert compared > 1000
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
