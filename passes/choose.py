@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fxslim.errors import InputError, RequestError
-from fxslim.passes.foldable import NOTHING, Still
+from fxslim.passes.foldable import Still
 from fxslim.plan import Note, Site, SitePlan
 
 FFN = ("ffn", "gated_ffn")
@@ -77,7 +77,7 @@ def choose(
     request: Request,
     *,
     refused: Sequence[Note] = (),
-    constant: Mapping[str, Still] = NOTHING,
+    constant: Mapping[str, Still] | None = None,
 ) -> Choice:
     """Choose what goes at every selected site.
 
@@ -98,7 +98,7 @@ def choose(
         seen = measure(site, tensors)
         if not seen.real:
             notes.append(Note(where=site.name, reason="weights are on meta: units were chosen by number, not by score"))
-        own = constant.get(site.name)
+        own = (constant or {}).get(site.name)
         if own is not None:
             seen = dataclasses.replace(seen, zero=seen.zero | (own.gone if request.lossless else own.zero))
         kind = "zero" if own is None or (own.zero == own.gone).all() else "zero or constant"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,7 +172,7 @@ class _Judge:
     def _biases(self, piece: Slice, uses: Sequence[Use], name: str) -> tuple[tuple[str, ...], str]:
         """Return the biases of all calls of a consumer, or why nothing can be folded into them."""
         tensor = self.program.tensors[piece.tensor]
-        if self.uses.get(None) and any(use in self.uses[None] for use in uses):
+        if any(_source(self.program, use.weight) is None for use in uses):
             return (), f"the weight of {name} is computed"
         nodes = {use.node for use in uses}
         found: list[str] = []
@@ -223,6 +223,3 @@ def _zero(tensor: torch.Tensor, dim: int) -> np.ndarray:
     """Return which rows of a dimension are zero.  (size,) bool"""
     found: np.ndarray = ~(tensor.detach().movedim(dim, 0).flatten(1) != 0).any(dim=1).cpu().numpy()
     return found
-
-
-NOTHING: Mapping[str, Still] = {}

@@ -385,6 +385,48 @@ def test_two_consumers_fold_into_their_own_biases() -> None:
     ]
 
 
+class Computed(nn.Module):
+    """A consumer whose weight is computed at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(D, F)), nn.Parameter(torch.randn(D))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self.weight.tanh(), self.bias)
+
+
+def test_a_consumer_whose_weight_is_computed() -> None:
+    """Refusal, but for zeros: what a plan folds is computed from stored tensors."""
+    model = made(Mlp)
+    model.fc2 = made(Computed)
+    silence(model.fc1, [1, 4], bias=0.7)
+    silence(model.fc1, [7], bias=-0.7)
+    plan = everywhere(model, given())
+    assert list(gone(plan).values()) == [[7]]
+    assert [note.partition(" stay: ")[2] for note in notes(plan)] == ["the weight of fc2 is computed"]
+
+
+def test_a_consumer_with_two_inner_axes() -> None:
+    """Heads and widths are summed over in one product; a bias that is added later is not its own."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(D, H * E), nn.Parameter(torch.randn(H, E, D))
+            self.bias = nn.Parameter(torch.randn(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.up(x)).unflatten(-1, (H, E))
+            return torch.einsum("bshe,hed->bsd", hidden, self.down) + self.bias
+
+    model = made(Inner)
+    silence(model.up, HEAD, bias=-0.3)
+    assert all(units in ([1], HEAD) for units in gone(everywhere(model, given())).values())
+    silence(model.up, HEAD, bias=0.3)
+    assert gone(everywhere(model, given())) == {}
+
+
 # Attention ----------------------------------------------------------------------------------------------------------
 
 
