@@ -1,4 +1,4 @@
-"""Choose which units go: exact zeros first, then the lowest scores, the same number in every group."""
+"""Choose which units go: what does nothing first, then the lowest scores, the same number in every group."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def lossless(self) -> bool:
-        """Tell whether nothing was asked for, so that only exact zeros go."""
+        """Tell whether nothing was asked for, so that only zeros and constants go."""
         return not (self.ffn or self.heads or self.kv_groups)
 
     def asked(self) -> dict[str, float | int | str | tuple[str, ...]]:

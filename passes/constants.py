@@ -207,20 +207,22 @@ def pointwise(tracker: Tracker, node: fx.Node) -> Result:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return None
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if random or operation(node).endswith("_like"):
+    if random or operation(node).endswith(("_like", "view_as", "reshape_as")):
         return None
     reads = {argument: tracker.operand(argument) for argument in node.all_input_nodes}
     known = {argument: found for argument, found in reads.items() if found is not None}
     if len(known) < len(reads):
         return None
     rank = len(sizes(node))
-    state = functools.reduce(_both, (found.rank(rank).state for found in known.values()))
     try:
+        state = functools.reduce(_both, (found.rank(rank).state for found in known.values()))
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n].value)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError, NotImplementedError):  # no such kernel, or a call that names a device or a shape
         return None
-    return fact(state, result.cpu()) if isinstance(result, torch.Tensor) and result.ndim <= rank else None
+    made = fact(state, result.cpu()) if isinstance(result, torch.Tensor) and result.ndim <= rank else None
+    fits = made is not None and all(own in (1, size) for own, size in zip(made.state.shape, sizes(node), strict=True))
+    return made if fits else None
 
 
 def _both(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -223,6 +223,18 @@ def test_scales_and_shifts_by_parameters() -> None:
     assert gone(everywhere(model, given())) == {"ffn": [0, *DEAD]}
 
 
+def test_slopes_of_channels_are_no_last_axis() -> None:
+    """A weight of prelu belongs to axis 1, whatever broadcasting would say."""
+    model = made(Mlp, lambda: nn.PReLU(5))
+    with torch.no_grad():
+        model.act.weight.copy_(torch.arange(5.0))
+    silence(model.fc1, [1], bias=0.7)
+    silence(model.fc1, [2], bias=-0.7)
+    assert gone(fxslim.plan(model, given())).get("ffn", []) in ([], [1])
+    small = fxslim.slim(model, given())
+    assert difference(outputs(model, (given(3),)), outputs(small, (given(3),))) <= EXACT
+
+
 def test_a_padding_mask_keeps_zeros_alone() -> None:
     """Refusal: zero at padding and 0.7 elsewhere is no constant."""
 
