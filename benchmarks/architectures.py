@@ -1,9 +1,9 @@
-"""Run every architecture of the tests in both forms and write the README's table.
+"""Run every architecture of the tests in both forms and write the README's tables.
 
 ``python -m benchmarks.architectures`` takes half of the FFN, and a third of the heads (half of the key/value groups
 where groups have too few heads), out of small random models in float64, with eager and fused attention. The columns say
 what came of it: the narrowed module and the narrowed graph against the masked model on inputs of another batch size and
-length, and greedy tokens with and without a cache.
+length, and greedy tokens with and without a cache. With names of entries it prints their rows instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import transformers
 
 import fxslim
+from fxslim.errors import FxslimError
 from fxslim.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,14 +27,18 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from agreement import difference, outputs, tolerance  # noqa: E402
 from architectures import ARCHITECTURES, Architecture  # noqa: E402
+from hard import HARD  # noqa: E402
 
 BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
+HARD_BEGIN, HARD_END = "<!-- hard:begin -->", "<!-- hard:end -->"
 HEAD = ("model", "attention sites", "FFN sites", "`slim` = masked", "`compile` = masked", "`generate` = masked")
 
 
 def request(found: fxslim.Inspection) -> dict[str, float]:
     """Return what to take out: heads where groups have at least three, whole groups otherwise."""
     attentions = [site for site in found.sites if site.kind == "attention"]
+    if not attentions:
+        return {"ffn": 0.5}
     each = min(site.units // (1 if site.groups is None else site.group_count) for site in attentions)
     return {"ffn": 0.5, "heads": 0.34} if each >= 3 else {"ffn": 0.5, "kv_groups": 0.5}
 
@@ -58,6 +64,14 @@ def same_tokens(entry: Architecture, model: Any, small: Any, plan: Plan) -> bool
     return all(torch.equal(want, run(small, cache)) for want, cache in zip(expected, (True, False), strict=True))
 
 
+def holds(question: Callable[[], bool]) -> bool:
+    """Ask; where fxslim, or the model that it made, refuses, the answer is no."""
+    try:
+        return question()
+    except (FxslimError, AssertionError, RuntimeError, ValueError):
+        return False
+
+
 def sites(found: fxslim.Inspection, *kinds: str) -> str:
     """Return how many sites of these kinds there are, and of what kind."""
     chosen = [site for site in found.sites if site.kind in kinds and not site.task_head]
@@ -77,39 +91,51 @@ def row(entry: Architecture) -> tuple[str, ...]:
     graph: list[bool] = []
     generated: list[bool] = []
     shape = ("", "")
+    example = entry.inputs(2, 7) if getattr(entry, "given", False) else None
     for attention in ("eager", "sdpa")[: 1 + entry.sdpa]:
         model = entry.build(torch.float64, attention)  # type: ignore[arg-type]
-        found = fxslim.inspect(model)
-        small = fxslim.slim(model, **request(found))
-        plan = small.fxslim.plan
-        slim.append(agrees(entry, model, small, plan))
-        graph.append(agrees(entry, model, fxslim.compile(model, plan=plan), plan))
-        if entry.generates:
-            generated.append(same_tokens(entry, model, small, plan))
+        found = fxslim.inspect(model, example)
         shape = sites(found, "attention"), sites(found, "ffn", "gated_ffn")
-    return (f"`{entry.model}`", *shape, cell(slim), cell(graph), cell(generated))
+        plan = fxslim.plan(model, example, **request(found))
+        made: list[Any] = []
+        slim.append(holds(lambda: narrowed(entry, model, example, plan, made)))  # noqa: B023
+        graph.append(holds(lambda: agrees(entry, model, fxslim.compile(model, example, plan=plan), plan)))  # noqa: B023
+        if entry.generates:
+            generated.append(bool(made) and holds(lambda: same_tokens(entry, model, made[0], plan)))  # noqa: B023
+    label = f"`{entry.model}`" + (f" ({entry.name})" if entry.name in HARD else "")
+    return (label, *shape, cell(slim), cell(graph), cell(generated))
 
 
-def table() -> str:
-    """Return the table in Markdown."""
-    rows = [HEAD, ("---",) * len(HEAD), *(row(entry) for entry in ARCHITECTURES.values())]
+def narrowed(entry: Architecture, model: Any, example: Any, plan: Plan, made: list[Any]) -> bool:
+    """Narrow a module, put it into a list, and say whether all of it got smaller and agrees."""
+    made.append(fxslim.slim(model, example, plan=plan))
+    return not made[0].fxslim.plan.zeroed and agrees(entry, model, made[0], plan)
+
+
+def table(entries: Iterable[Architecture]) -> str:
+    """Return a table in Markdown."""
+    rows = [HEAD, ("---",) * len(HEAD), *(row(entry) for entry in entries)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def written(readme: str, inner: str) -> str:
-    """Put a table between the README's markers."""
-    if BEGIN not in readme or END not in readme:
-        raise SystemExit(f"README.md lacks {BEGIN} and {END}")
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{inner}\n{END}", readme, flags=re.DOTALL)
+def written(readme: str, inner: str, begin: str = BEGIN, end: str = END) -> str:
+    """Put a table between two of the README's markers."""
+    if begin not in readme or end not in readme:
+        raise SystemExit(f"README.md lacks {begin} and {end}")
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{inner}\n{end}", readme, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Run everything and rewrite the README."""
+    """Run everything and rewrite the README, or print the rows of the entries that are named."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if names := sys.argv[1:]:
+        print(table({**ARCHITECTURES, **HARD}[name] for name in names))
+        return
     path = ROOT / "README.md"
-    path.write_text(written(path.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    readme = written(path.read_text(encoding="utf-8"), table(ARCHITECTURES.values()))
+    path.write_text(written(readme, table(HARD.values()), HARD_BEGIN, HARD_END), encoding="utf-8")
 
 
 if __name__ == "__main__":

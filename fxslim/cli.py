@@ -118,6 +118,7 @@ def compile(
     ffn: Annotated[float, _fraction("FFN channels")] = 0.0,
     heads: Annotated[float, _fraction("query heads")] = 0.0,
     kv_groups: Annotated[float, _fraction("key/value groups")] = 0.0,
+    value: Annotated[float, _fraction("value channels where heads cannot go")] = 0.0,
     round_to: Annotated[int, typer.Option(min=1, help="Round the number kept up to a multiple.")] = 1,
     include: Include = None,
     skip: Skip = None,

@@ -172,6 +172,7 @@ def _program(
     graph = copy.deepcopy(exported.graph_module).graph
     renamed = _renamed(exported.graph, graph)
     _inline_regions(graph)
+    _spell_shapes(graph)
     tensors, aliases = _named_tensors(model)
     tensor_of: dict[str, str] = {}
     inputs: list[str] = []
@@ -194,6 +195,7 @@ def _program(
             raise TraceError(f"the traced graph takes a {kind} ({spec.target}), which fxslim cannot carry.")
     if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
         _drop_mutations(graph, exported)
+    graph.eliminate_dead_code()  # averages of attention weights that nobody reads would tie all heads
     names, defaults, trailing = forward_parameters(model)
     assert exported.call_spec.out_spec is not None
     call = CallSpec(
@@ -292,6 +294,34 @@ def _inline_regions(graph: fx.Graph) -> None:
         if node.op == "call_function" and str(node.target) in REGION_OPS:
             _inline_regions(graph)
             return
+
+
+SHAPED_LIKE = {
+    torch.ops.aten.view_as.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.reshape_as.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.expand_as.default: torch.ops.aten.expand.default,
+}
+"""Operations that take a shape from another tensor, and what they do with it."""
+
+
+def _spell_shapes(graph: fx.Graph) -> None:
+    """Spell out the shapes that operations take from another tensor, so that passes meet one form."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in SHAPED_LIKE:
+            continue
+        value, like = node.args
+        with graph.inserting_before(node):
+            sizes = [_size_node(graph, like, axis, size) for axis, size in enumerate(node.meta["val"].shape)]
+        node.target = SHAPED_LIKE[node.target]
+        node.args = (value, sizes)
+
+
+def _size_node(graph: fx.Graph, like: Any, axis: int, size: Any) -> Any:
+    if not is_symbolic(size):
+        return int(size)
+    read = graph.call_function(torch.ops.aten.sym_size.int, (like, axis))
+    read.meta["val"] = size
+    return read
 
 
 def _ranges(graph: fx.Graph, inputs: tuple[str, ...], exported: torch.export.ExportedProgram) -> tuple[SizeRange, ...]:

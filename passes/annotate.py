@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._asse
 POSITIONS = ("aten.arange", "aten.linspace", "aten.scalar_tensor", "aten.eye", "aten.tril_indices",
              "aten.triu_indices", "aten.bartlett_window", "aten.hann_window")  # fmt: skip
 
+MOST_KNOWN = 1 << 16
+"""Largest constant of whole numbers that is followed through a graph."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -37,6 +40,7 @@ class Labels:
         pins: pin label -> reason.
         scores: components of the heads of score products (two activations multiplied).
         ties: component -> the operation that tied coordinates along an axis.
+        known: node -> whole numbers that are constants of the graph.
     """
 
     values: Mapping[fx.Node, Any]
@@ -48,6 +52,7 @@ class Labels:
     pins: Mapping[int, Pin]
     scores: frozenset[int]
     ties: Mapping[int, str]
+    known: Mapping[fx.Node, torch.Tensor] = field(default_factory=dict)
 
     def tied_by(self, component: int) -> str:
         """Return ``", tied by <operation>"`` for a component whose coordinates an operation tied along an axis."""
@@ -70,8 +75,11 @@ def annotate(program: Program) -> Labels:
         if node.op == "placeholder":
             if node.name not in program.tensor_of:
                 walk.values[node] = _input(walk, node)
+            elif program.tensor_name(node) in program.constants:
+                _remember(walk, node, program.tensors[program.tensor_of[node.name]])
         elif node.op == "call_function":
             walk.node = node
+            _compute(walk, node)
             walk.values[node] = _apply(walk, node)
         elif node.op == "output":
             label = walk.relations.pin_label("an output of the model", node.name)
@@ -90,7 +98,30 @@ def annotate(program: Program) -> Labels:
         produced=tuple(walk.produced),
         unknown=walk.unknown,
         pins=walk.relations.pins,
+        known=walk.known,
     )
+
+
+def _remember(walk: Walk, node: fx.Node, tensor: torch.Tensor) -> None:
+    """Keep a tensor of whole numbers that the graph holds as a constant."""
+    whole = not (tensor.is_floating_point() or tensor.is_complex())
+    if whole and tensor.device.type != "meta" and tensor.numel() <= MOST_KNOWN:
+        walk.known[node] = tensor.detach().cpu()
+
+
+def _compute(walk: Walk, node: fx.Node) -> None:
+    """Compute a node that reads nothing but constants of the graph."""
+    read = node.all_input_nodes
+    if not read or not all(argument in walk.known for argument in read):
+        return
+    if not isinstance(node.meta.get("val"), torch.Tensor) or node.meta["val"].is_floating_point():
+        return
+    args, kwargs = fx.node.map_arg((node.args, {k: v for k, v in node.kwargs.items() if k != "device"}),
+                                   walk.known.__getitem__)  # fmt: skip
+    if operation(node) == "aten.to" and "device" in str(node.target):
+        walk.known[node] = args[0].to(node.meta["val"].dtype)
+        return
+    _remember(walk, node, node.target(*args, **kwargs))  # type: ignore[operator]
 
 
 def _tensors(walk: Walk, program: Program) -> dict[tuple[str, int], int]:

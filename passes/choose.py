@@ -16,6 +16,8 @@ from fxslim.passes.foldable import Still
 from fxslim.plan import Note, Site, SitePlan
 
 FFN = ("ffn", "gated_ffn")
+FRACTIONS = ("ffn", "heads", "kv_groups", "value")
+"""What can be asked for, as fractions of units."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Request:
         ffn: channels of feed-forward sites.
         heads: query heads of attention sites, equally many per key/value group.
         kv_groups: whole key/value groups of attention sites.
+        value: value channels of attentions whose heads do not go, equally many per head.
         round_to: the kept number of rows in the consumer is rounded up to a multiple of this.
         include: globs over module paths: only there (task heads only where included).
         skip: globs over module paths: not there.
@@ -34,13 +37,14 @@ class Request:
     ffn: float = 0.0
     heads: float = 0.0
     kv_groups: float = 0.0
+    value: float = 0.0
     round_to: int = 1
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("ffn", "heads", "kv_groups"):
+        for name in FRACTIONS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise RequestError(f"{name}={value!r}: give the fraction to remove, a number from 0 up to 1.")
@@ -49,16 +53,18 @@ class Request:
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise RequestError(f"round_to={self.round_to!r}: give a whole number of at least 1.")
         for name in self.unsupported:
-            raise RequestError(f"{name}= is not supported yet: this version removes ffn=, heads= and kv_groups=.")
+            raise RequestError(
+                f"{name}= is not supported yet: this version removes ffn=, heads=, kv_groups= and value=."
+            )
 
     @property
     def lossless(self) -> bool:
         """Tell whether nothing was asked for, so that only zeros and constants go."""
-        return not (self.ffn or self.heads or self.kv_groups)
+        return not any(getattr(self, name) for name in FRACTIONS)
 
     def asked(self) -> dict[str, float | int | str | tuple[str, ...]]:
         """Return what was asked for, without defaults."""
-        values = {name: getattr(self, name) for name in ("ffn", "heads", "kv_groups", "include", "skip")}
+        values = {name: getattr(self, name) for name in (*FRACTIONS, "include", "skip")}
         asked = {name: value for name, value in values.items() if value}
         return asked | ({"round_to": self.round_to} if self.round_to != 1 else {})
 
@@ -265,6 +271,12 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
         gone[_lowest(np.arange(site.units), zero, scores)[: _count(request.ffn, site.units)]] = True
         short = request.ffn and not gone.any()
         return gone, f"ffn={request.ffn} of {site.units} channels is less than one" if short else ""
+    if _of_values(site):
+        members = _members(site)
+        for own in members:
+            gone[_lowest(own, zero, scores)[: _count(request.value, len(own))]] = True
+        short = request.value and not gone.any()
+        return gone, f"value={request.value} of {len(members[0])} channels is less than one" if short else ""
     if site.kind != "attention":
         return gone, "no pattern names this site, so neither ffn= nor heads= reaches it"
     note = ""
@@ -284,6 +296,11 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
             each = f" per group of {len(_members(site)[0])}" if site.groups is not None else f" of {site.units} heads"
             note = f"heads={request.heads} is less than one head{each}"
     return gone, note
+
+
+def _of_values(site: Site) -> bool:
+    """Tell whether a site's units are the value channels of an attention whose heads do not go."""
+    return site.kind == "generic" and site.roles.keys() == {"v", "out"}
 
 
 def _count(fraction: float, units: int) -> int:
@@ -316,8 +333,10 @@ def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
     kinds = {site.kind for site in sites}
     if request.ffn and not kinds & set(FFN):
         yield Note(where="ffn", reason="no feed-forward site was found; fxslim.inspect(model) says why")
-    if (request.heads or request.kv_groups) and "attention" not in kinds:
+    if (request.heads or request.kv_groups) and "attention" not in kinds and not any(map(_of_values, sites)):
         yield Note(where="heads", reason="no attention site was found; fxslim.inspect(model) says why")
+    if request.value and not any(map(_of_values, sites)):
+        yield Note(where="value", reason="no attention was found whose heads stay and whose value channels can go")
 
 
 def _merged(notes: list[Note]) -> Iterable[Note]:

@@ -6,6 +6,7 @@ of them that makes the module compute what the masked one does, along every path
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,9 @@ CLOSE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfl
 """A wrong integer shows far above these; the final verification is the exact one."""
 
 
+KEPT = (bool, int, float, str, torch.dtype, torch.device, nn.Module)
+"""Arguments that no call changes."""
+
 Edited = tuple[str, AnyEdit]
 """The module of an edit relative to the one that holds it, and the edit."""
 Looks = tuple[Any, ...]
@@ -42,12 +46,13 @@ Looks = tuple[Any, ...]
 
 @dataclass
 class Recorded:
-    """One call of a module: a private copy of what went in, and what came out."""
+    """One call of a module: a private copy of what went in, what came out, and with which attention implementation."""
 
     args: Any
     kwargs: Any
     out: list[torch.Tensor]
     path: Path
+    attention: str | None
 
 
 @dataclass
@@ -183,7 +188,8 @@ def _record_calls(module: nn.Module, seen: Watch, way: Path) -> list[Any]:
     def after(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         taken, named = pending.pop()
         if not any(call.path is way for call in seen.calls):  # one call of each path is enough
-            seen.calls.append(Recorded(taken, named, [t.detach().clone() for t in tensors_of(out)], way))
+            results = [t.detach().clone() for t in tensors_of(out)]
+            seen.calls.append(Recorded(taken, named, results, way, _implementation(module)))
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -191,9 +197,29 @@ def _record_calls(module: nn.Module, seen: Watch, way: Path) -> list[Any]:
     ]
 
 
+def _shared_config(module: nn.Module) -> Any:
+    """Return the first config that a module or one inside it holds, without overlays."""
+    return next((underlying(c) for m in module.modules() if (c := vars(m).get("config")) is not None), None)
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(_shared_config(module), IMPLEMENTATION_FIELD, None)
+
+
 def _private(tree: Any) -> Any:
-    """Copy the tensors in a call's arguments; anything else (caches, configs) is copied as a whole where possible."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, tree)
+    """Copy a call's arguments: tensors, and objects that a call may change, such as caches."""
+    return pytree.tree_map(_copied, tree)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone()
+    if leaf is None or isinstance(leaf, KEPT) or hasattr(leaf, "to_dict"):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # noqa: BLE001 - objects refuse copies in any way they like; the call then gets the original
+        return leaf
 
 
 @contextmanager
@@ -306,7 +332,7 @@ class _Trial:
     def _call(self, call: Recorded) -> bool:
         args, kwargs = _private((call.args, call.kwargs))
         try:
-            with torch.no_grad(), evaluating(self.narrowed), _attention_of(self.narrowed, call.path.attention):
+            with torch.no_grad(), evaluating(self.narrowed), _attention_of(self.narrowed, call.attention):
                 out = tensors_of(self.narrowed(*args, **kwargs))
         except Exception:  # noqa: BLE001 - a wrong integer shows as any error
             return False
@@ -321,7 +347,7 @@ class _Trial:
 
 @contextmanager
 def _attention_of(module: nn.Module, implementation: str | None) -> Iterator[None]:
-    inner = next((underlying(c) for m in module.modules() if (c := vars(m).get("config")) is not None), None)
+    inner = _shared_config(module)
     if implementation is None or inner is None:
         yield
         return

@@ -13,7 +13,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 from torch import fx
 
 from fxslim.errors import NarrowError
-from fxslim.labels import Value
+from fxslim.labels import Value, axes_of
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
@@ -37,6 +37,7 @@ class Family:
         groups: unit -> group, or None where any units may go.
         slices: what follows the units.
         scored: whether the units are the heads of a score product (query times key).
+        heads_refused: why the heads do not go where the units are smaller than they; "" elsewhere.
     """
 
     leaves: np.ndarray
@@ -45,6 +46,7 @@ class Family:
     groups: tuple[int, ...] | None
     slices: tuple[Slice, ...]
     scored: bool
+    heads_refused: str = ""
 
     @property
     def units(self) -> int:
@@ -191,7 +193,8 @@ class _Search:
         members = np.concatenate([leaves, np.array(list(above), dtype=np.int64)])
         levels = [scored] if scored is not None else []
         levels += [whole, *partitions]
-        reason = ""
+        grids = self._grids(leaves, above) if scored is None else []
+        reason = heads = ""
         for level in levels:
             if int(level.max()) < 1:
                 continue
@@ -200,7 +203,7 @@ class _Search:
                 continue
             if not any((piece.tensor, piece.dim) in self.outgoing for piece in slices):
                 return reason  # the channels of an input or of a table: nothing produces them
-            coarser = [p for p in partitions if _refines(level, p) and 1 <= int(p.max()) < int(level.max())]
+            coarser = [p for p in (*partitions, *grids) if _refines(level, p) and 1 <= int(p.max()) < int(level.max())]
             if scored is not None and level is not scored and not np.array_equal(level, whole):
                 continue
             for groups in [None, *coarser]:
@@ -208,8 +211,11 @@ class _Search:
                 if failure is None:
                     unit_groups = None if groups is None else tuple(int(groups[level == u][0]) for u in
                                                                      range(int(level.max()) + 1))  # fmt: skip
-                    return Family(leaves, members, level, unit_groups, slices, level is scored)
+                    refused = "" if level is scored else heads or self._tied_heads(leaves)
+                    return Family(leaves, members, level, unit_groups, slices, level is scored, refused)
                 reason = failure
+            if level is scored:
+                heads = reason
         return reason or "its channels all go together"
 
     def _partitions(self, above: dict[int, np.ndarray], count: int) -> list[np.ndarray]:
@@ -229,6 +235,33 @@ class _Search:
         """Return the partition into heads of a score product, where there is one."""
         parts = [below for component, below in above.items() if component in self.labels.scores]
         return _partition(list({below.tobytes(): below for below in parts}.values()), count) if parts else None
+
+    def _tied_heads(self, leaves: np.ndarray) -> str:
+        """Say that all heads go together where one component of a score product stands above all of a family."""
+        above = set(self.reached[:, leaves].indices.tolist()) & self.labels.scores
+        for component in sorted(above):
+            if len(np.intersect1d(self.reach[component].indices, leaves)) == len(leaves):
+                return f"its heads all go together{self.labels.tied_by(component)}"
+        return ""
+
+    def _grids(self, leaves: np.ndarray, above: dict[int, np.ndarray]) -> list[np.ndarray]:
+        """Return the partitions by place along each axis of a value over whose several axes the leaves are spread."""
+        below = {int(leaf): np.array([i]) for i, leaf in enumerate(leaves)} | above
+        found: dict[bytes, np.ndarray] = {}
+        for node in self._nodes(leaves):
+            value = self.labels.values[node]
+            for labels in value.labels if isinstance(value, Value) else ():
+                components = self.components.of[labels.numpy()]
+                axes = sorted(axes_of(labels))
+                if len(axes) < 2 or not all(c in below for c in components.reshape(-1).tolist()):
+                    continue
+                for axis in axes:
+                    rows = np.moveaxis(components, axis, 0).reshape(components.shape[axis], -1)
+                    parts = [np.unique(np.concatenate([below[c] for c in row.tolist()])) for row in rows]
+                    partition = _partition(parts, len(leaves))
+                    if partition is not None:
+                        found.setdefault(partition.tobytes(), partition)
+        return list(found.values())
 
     def _slices(self, leaves: np.ndarray, above: dict[int, np.ndarray], unit_of: np.ndarray) -> tuple[Slice, ...]:
         """Return every tensor dimension that follows the units."""

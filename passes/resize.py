@@ -14,6 +14,7 @@ from fxslim.errors import NarrowError
 from fxslim.labels import Value
 from fxslim.passes.annotate import operation
 from fxslim.passes.cut import Cut
+from fxslim.passes.rules.indexing import scattered
 from fxslim.passes.rules.movement import CREATIONS, MOVES, anyhow
 from fxslim.passes.rules.walk import concrete, parameter
 from fxslim.program import shape_of
@@ -181,7 +182,62 @@ def _slice(node: fx.Node, cut: Cut) -> Call:
         if first is None or last is None:
             raise NarrowError("a slice cuts through an axis on which different coordinates stay")
         return Call(aten.slice.Tensor, (node.args[0], axis, first, last), {})
-    raise NarrowError("a strided slice of a narrowed axis")
+    return Call(take, (node.args[0], axis, _places(cut, source, axis, list(chosen))), {})
+
+
+def take(tensor: torch.Tensor, axis: int, places: tuple[int, ...]) -> torch.Tensor:
+    """Take coordinates along an axis."""
+    return tensor.index_select(axis, torch.tensor(places, dtype=torch.int64, device=tensor.device))
+
+
+def _places(cut: Cut, source: Value, axis: int, chosen: list[int]) -> tuple[int, ...]:
+    """Return where chosen coordinates of an axis lie after a cut; what went is left out."""
+    kept = cut.positions(source, axis)
+    if kept is None:
+        raise NarrowError("coordinates are chosen on an axis on which different ones stay")
+    place = {position: i for i, position in enumerate(kept.tolist())}
+    return tuple(place[position] for position in chosen if position in place)
+
+
+@_for("aten.index", "aten.index_select")
+def _index(node: fx.Node, cut: Cut) -> Call:
+    """Indexing by a constant of the graph becomes a choice of what is left."""
+    same = Call(node.target, node.args, dict(node.kwargs))
+    source = cut.labels.values.get(node.args[0])  # type: ignore[arg-type]
+    picks = _picks(node)
+    if len(picks) != 1 or not isinstance(source, Value):
+        return same
+    ((axis, index),) = picks.items()
+    axis %= len(source.shape)
+    size, known = source.shape[axis], cut.labels.known.get(index)
+    if known is None or cut.shape(source)[axis] == size:
+        return same
+    return Call(take, (node.args[0], axis, _places(cut, source, axis, (known % size).tolist())), {})
+
+
+def _picks(node: fx.Node) -> dict[int, fx.Node]:
+    """Return axis -> index of a node that indexes."""
+    if operation(node) == "aten.index_select":
+        return {int(concrete(node.args[1])): node.args[2]}  # type: ignore[dict-item]
+    return {axis: index for axis, index in enumerate(node.args[1]) if index is not None}  # type: ignore[arg-type,misc]
+
+
+@_for("aten.slice_scatter", "aten.select_scatter")
+def _scatter(node: fx.Node, cut: Cut) -> Call:
+    """Writing into a piece of a narrowed axis: the piece lies elsewhere."""
+    same = Call(node.target, node.args, dict(node.kwargs))
+    value: Value = cut.labels.values[node]
+    axis, chosen = scattered(node, value.shape)
+    if cut.shape(value)[axis] == value.shape[axis]:
+        return same
+    first, last = (cut.before(value, axis, place) for place in (chosen.start, chosen.stop))
+    if first is None or last is None or chosen.step != 1:
+        raise NarrowError("a piece is written into an axis on which different coordinates stay")
+    if operation(node) == "aten.select_scatter":
+        if last != first + 1:
+            raise NarrowError("a single coordinate of a narrowed axis is written")
+        return Call(node.target, (*node.args[:2], axis, first), {})
+    return Call(node.target, (*node.args[:2], axis, first, last), {})
 
 
 @_for("aten.select")
@@ -243,6 +299,13 @@ def moves(node: fx.Node) -> bool:
                                      "aten.split", "aten.chunk", "aten.split_with_sizes", "aten.unbind")  # fmt: skip
 
 
+def spelled(argument: Any, cut: Cut) -> Any:
+    """Put constants of the graph in the place of the nodes that stand for them."""
+    if isinstance(argument, tuple | list):
+        return type(argument)(spelled(item, cut) for item in argument)
+    return cut.labels.known.get(argument, argument) if isinstance(argument, fx.Node) else argument
+
+
 def check(node: fx.Node, cut: Cut) -> None:
     """Raise NarrowError unless a cut commutes with a data movement.
 
@@ -256,12 +319,19 @@ def check(node: fx.Node, cut: Cut) -> None:
             cut.shape(item)
     call = resized(node, cut)
     source = cut.labels.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-    if not moves(node) or not isinstance(source, Value):
+    indexing = operation(node) in ("aten.index", "aten.index_select")
+    moving = moves(node) or (indexing and all(index in cut.labels.known for index in _picks(node).values()))
+    if not moving or not isinstance(source, Value):
         return
-    plain = Call(node.target, node.args, dict(node.kwargs))
+    plain = Call(node.target, spelled(node.args, cut), dict(node.kwargs))
+    call = Call(call.target, spelled(call.args, cut), call.kwargs)
     for labels in source.labels:
         full = labels.expand(source.shape)
-        expected, found = plain.run(full), call.run(cut.compress(source, full))
+        expected = plain.run(full)
+        try:
+            found = call.run(cut.compress(source, full))
+        except (RuntimeError, ValueError, IndexError) as error:  # sizes that do not fit each other
+            raise NarrowError(f"what is left does not pass through {operation(node)}") from error
         if isinstance(value, Value):
             expected, found, pieces = [expected], [found], [value]
         else:

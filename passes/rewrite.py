@@ -16,7 +16,7 @@ from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.fold import fills, folded
-from fxslim.passes.resize import RESIZES, Scaled, moves, resized
+from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rules.walk import Use, parameter
 from fxslim.plan import SitePlan
 from fxslim.program import Program, is_symbolic
@@ -52,6 +52,8 @@ def rewrite(program: Program, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewri
             continue
         new = twin[old]
         _align(old, new, cut, graph)
+        if operation(old) == "aten.sym_size":
+            _dense_size(old, new, cut, graph)
         if operation(old) in RESIZES:
             _resize(old, new, cut, graph, twin)
     for old, new in twin.items():
@@ -80,6 +82,23 @@ def narrowed(program: Program, cut: Cut, name: str, tensor: torch.Tensor) -> tor
                 rows = torch.from_numpy((~removed).nonzero()[0]).to(tensor.device)
                 tensor = tensor.detach().index_select(dim, rows)
     return tensor
+
+
+def _dense_size(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
+    """Let a size that is read off a narrowed axis keep its old meaning: every use of it is scaled by itself."""
+    value = cut.labels.values.get(old.args[0])  # type: ignore[arg-type]
+    if not isinstance(value, Value) or not cut.touches(value):
+        return
+    axis = int(old.args[1])  # type: ignore[arg-type]
+    before, after = value.shape[axis], cut.shape(value)[axis]
+    if before == after:
+        return
+    with graph.inserting_after(new):
+        grown = graph.call_function(operator.mul, (new, before))
+    with graph.inserting_after(grown):
+        dense = graph.call_function(operator.floordiv, (grown, after))
+    grown.meta["val"], dense.meta["val"] = new.meta["val"] * before, new.meta["val"]
+    new.replace_all_uses_with(dense, delete_user_cb=lambda user: user is not grown)
 
 
 def _resize(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph, twin: Mapping[fx.Node, fx.Node]) -> None:
@@ -193,20 +212,15 @@ def _insert_gather(
         if symbolic:
             picked = graph.call_function(_take_of_each, (source, axis, present, chosen))
         else:
-            picked = graph.call_function(_take, (source, axis, chosen))
+            picked = graph.call_function(take, (source, axis, chosen))
     picked.meta["val"] = source.meta["val"]
     new.replace_input_with(source, picked)
-
-
-def _take(tensor: torch.Tensor, axis: int, places: tuple[int, ...]) -> torch.Tensor:
-    """Take coordinates along an axis."""
-    return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
 
 
 def _take_of_each(tensor: torch.Tensor, axis: int, period: int, places: tuple[int, ...]) -> torch.Tensor:
     """Take coordinates of every run of ``period`` along an axis."""
     runs = tensor.unflatten(axis, (-1, period))
-    return _take(runs, axis + 1, places).flatten(axis, axis + 1)
+    return take(runs, axis + 1, places).flatten(axis, axis + 1)
 
 
 def _annotate_shape(old: fx.Node, new: fx.Node, cut: Cut) -> None:

@@ -17,6 +17,10 @@ from fxslim.plan import Kind, Note, Site, Slice
 from fxslim.program import Program, common_path, module_path
 
 
+VALUE_CHANNELS = ("v", "out")
+"""Roles of a site inside an attention whose heads do not go: its units are value channels."""
+
+
 @dataclass(frozen=True)
 class Sites:
     """Every site of a model.
@@ -58,6 +62,12 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
         families[site.name] = family
     pinned = tuple(Note(where=r.tensor.removesuffix(".weight"), reason=r.reason) for r in found.refusals)
     refused = tuple(note for note, refusal in zip(pinned, found.refusals, strict=True) if refusal.inner)
+    heads = tuple(
+        Note(where=name, reason=f"{family.heads_refused}; value= takes value channels")
+        for name, family in families.items()
+        if family.heads_refused
+    )
+    pinned, refused = (*pinned, *heads), (*refused, *heads)
     return Sites(tuple(sites), families, pinned, refused, _feeds(program, labels, families), naming)
 
 
@@ -73,6 +83,8 @@ def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Fam
     while name in taken:
         name, number = f"{base}#{number}", number + 1
     roles = dict(match.roles) if match is not None and kind == match.kind else {}
+    if match is not None and match.kind == "attention" and not family.scored:
+        roles = {role: match.roles[role] for role in VALUE_CHANNELS}
     return Site(name=name, kind=kind, module=module, units=family.units, groups=family.groups, slices=family.slices,
                 roles=roles, task_head=head)  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxslim.passes.prepare import fingerprint
+from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.plan import Plan, Site, SitePlan
 
 EXACT = 1e-12
@@ -18,8 +18,12 @@ EXACT = 1e-12
 INNER_FLOAT32 = 1e-6
 """The same for float64 models that compute a norm, a softmax or an angle in float32."""
 
-FLOAT32_INSIDE = {"gptj", "gpt_neox", "llama", "llama_gqa", "mistral", "qwen2", "phi", "phi3", "phi3_gqa"}
-"""Architectures with rotary angles or RMS norms: float32, whatever the model's dtype; GPT-J's softmax too."""
+FLOAT32_INSIDE = {"gptj", "gpt_neox", "llama", "llama_gqa", "mistral", "qwen2", "phi", "phi3", "phi3_gqa"} | {
+    *("t5", "t5_gated", "t5_encoder", "mt5", "umt5", "bloom", "mpt", "falcon_mq", "falcon_mha", "falcon_new"),
+    *("codegen", "persimmon", "qwen3", "gemma3", "olmo2", "llava", "gpt_oss", "deepseek_v2", "deepseek_v3"),
+    "qwen3_next",
+}
+"""Architectures with rotary angles or RMS norms: float32, whatever the model's dtype; some softmaxes, too."""
 
 
 def tolerance(name: str) -> float:
@@ -68,7 +72,7 @@ def random_plan(model: nn.Module, sites: tuple[Site, ...], fraction: float = 0.4
     """Return a plan for a model that removes units of every site at random."""
     generator = np.random.default_rng(seed)
     parts = tuple(random_keep(site, fraction, generator) for site in sites)
-    return Plan(fxslim="test", torch=torch.__version__, fingerprint=fingerprint(model), sites=parts)
+    return Plan(fxslim="test", torch=torch.__version__, fingerprint=fingerprint(permanent(model)), sites=parts)
 
 
 def _members(site: Site) -> list[np.ndarray]:

@@ -6,21 +6,26 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import fxslim
-from fxslim.passes import pipelines
-from fxslim.plan import Plan, Site, Slice
-from fxslim.program import Program
+from fxslim.plan import Plan
 
 from agreement import difference, outputs, random_plan, tolerance
 from architectures import ARCHITECTURES, Attention
-from oracle import Channel, disturb
+from battery import (
+    assert_labels_say_what_the_oracle_sees,
+    keep,
+    layers,
+    one_trace_per_model,
+    quiet,
+    reached,
+    removed,
+    rows,
+    written,
+)
 
 SIZES = ((1, 5), (5, 11), (4, 3))
 """Batch sizes and lengths to compare on; examples for tracing have 2 rows of 7."""
@@ -28,43 +33,14 @@ CASES = [(name, attn) for name, entry in ARCHITECTURES.items() for attn in ("eag
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_trace_per_model() -> Iterator[None]:
-    """Trace each model once: a program is never edited, and tracing is nine tenths of every call."""
-    traced: dict[int, Program] = {}
-
-    def trace(model: nn.Module, *candidates: Any, filled: frozenset[str]) -> Program:
-        first = id(next(model.parameters()))  # copies that are worked on share the parameters
-        if first not in BUILT:
-            return pipelines_trace(model, *candidates, filled=filled)
-        if first not in traced:
-            traced[first] = pipelines_trace(model, *candidates, filled=filled)
-        return traced[first]
-
-    pipelines_trace = pipelines.trace
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines, "trace", trace)
+def _battery() -> Iterator[None]:
+    with quiet(), one_trace_per_model():
         yield
-
-
-BUILT: set[int] = set()
-"""First parameters of models that live as long as the tests here, and do not change."""
 
 
 @functools.cache
 def built(name: str, attn: Attention) -> Any:
-    model = ARCHITECTURES[name].build(torch.float64, attn)
-    BUILT.add(id(next(model.parameters())))
-    return model
+    return keep(ARCHITECTURES[name].build(torch.float64, attn))
 
 
 @functools.cache
@@ -73,10 +49,6 @@ def inspected(name: str, attn: Attention = "eager") -> fxslim.Inspection:
 
 
 # Sites --------------------------------------------------------------------------------------------------------------
-
-
-def layers(*sites: str, at: str = "") -> list[str]:
-    return [f"{at}{site}".replace("#", str(layer)) for layer in range(2) for site in sites]
 
 
 BERT = ("encoder.layer.#.attention:attention 4", "encoder.layer.#:ffn 48")
@@ -119,11 +91,6 @@ SITES = {
 }
 """Sites in the order of execution: ``name units[/groups] [head]``."""
 ROLES = {"attention": {"q", "k", "v", "out"}, "ffn": {"up", "down"}, "gated_ffn": {"gate", "up", "down"}}
-
-
-def written(site: Site) -> str:
-    groups = "" if site.groups is None else f"/{site.group_count}"
-    return f"{site.name} {site.units}{groups}{' head' if site.task_head else ''}"
 
 
 @pytest.mark.parametrize(("name", "attn"), CASES)
@@ -219,7 +186,7 @@ def test_random_keeps_masked_equals_both_forms(name: str, attn: Attention) -> No
     graph = fxslim.compile(model, plan=plan)
     assert type(small) is type(model)
     assert small.fxslim.plan.zeroed == ()  # every site really gets smaller
-    gone = sum(_removed(model, plan).values())
+    gone = sum(removed(model, plan).values())
     total = sum(p.numel() for p in model.parameters())
     for made in (small, graph):
         assert sum(p.numel() for p in made.parameters()) == total - gone
@@ -233,31 +200,6 @@ def test_random_keeps_masked_equals_both_forms(name: str, attn: Attention) -> No
             with fxslim.masked(model, plan):
                 expected = tokens(model, inputs, cache=cache)
             assert tokens(small, inputs, cache=cache) == expected
-
-
-def _removed(model: nn.Module, plan: Plan) -> dict[str, int]:
-    """Count the parameters that a plan takes out, from the kept units and the slices alone."""
-    keep: dict[str, list[int]] = {}
-    for part in plan:
-        gone = np.isin(np.arange(part.site.units), part.keep, invert=True)
-        for piece in part.site.slices:
-            shape = keep.setdefault(piece.tensor, list(model.get_parameter(piece.tensor).shape))
-            shape[piece.dim] -= len(rows(piece, np.flatnonzero(gone).tolist()))
-    return {name: model.get_parameter(name).numel() - int(np.prod(shape)) for name, shape in keep.items()}
-
-
-def rows(piece: Slice, units: list[int]) -> set[int]:
-    """Return the rows of a slice that go with these units, read off its blocks."""
-    if piece.groups is not None:
-        left = {group for unit, group in enumerate(piece.groups) if unit not in units}
-        units = sorted(set(piece.groups) - left)
-    return {
-        block.start + i * block.step + offset
-        for block in piece.blocks
-        for i in range(block.count)
-        if block.first + i in units
-        for offset in range(block.width)
-    }
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "phi3_gqa", "gpt_neox"])
@@ -391,105 +333,11 @@ def test_rounding_that_leaves_nothing_to_remove_is_reported(name: str, request_:
 # The oracle ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def reached(name: str) -> dict[str, list[Channel]]:
-    """Ask the oracle about every output channel of every linear that the model calls."""
-    model, inputs = built(name, "eager"), ARCHITECTURES[name].inputs(2, 5, seed=1)
-    called = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    return {path: disturb(model, inputs, path) for path in sorted(called)}
-
-
-def output_dim(module: nn.Module) -> int:
-    return 1 if isinstance(module, Conv1D) else 0
+# The oracle ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_labels_say_what_the_oracle_sees(name: str) -> None:
-    model, found = built(name, "eager"), inspected(name)
-    names: dict[int, str] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), path)
-    canonical = {path: names[id(p)] for path, p in model.named_parameters(remove_duplicate=False)}
-    pinned = {note.where: note.reason for note in found.pinned}
-    whole: dict[str, int] = {}
-    single: dict[str, int] = {}
-    covered: set[tuple[str, int, str]] = set()
-    for producer, channels in reached(name).items():
-        weight = canonical[f"{producer}.weight"]
-        dim = output_dim(model.get_submodule(producer))
-        pieces = [(site, p) for site in found.sites for p in site.slices if (p.tensor, p.dim) == (weight, dim)]
-        for channel in channels:
-            owners = [
-                (site, piece) for site, piece in pieces if channel.channel in rows(piece, list(range(site.units)))
-            ]
-            assert len(owners) <= 1, f"{producer} {channel.channel} lies in two slices"
-            consumers = {canonical[f"{c}.weight"]: set(columns) for c, columns in channel.consumers.items()}
-            if not owners:
-                if channel.prunable:
-                    where = [consumer.removesuffix(".weight") for consumer in consumers]
-                    assert all(pinned.get(path) for path in where), f"{producer} {channel.channel}: {channel.reason}"
-                continue
-            ((site, piece),) = owners
-            assert channel.prunable, f"{site.name} removes {producer} {channel.channel}, which {channel.reason}"
-            covered.add((weight, channel.channel, site.name))
-            expected = columns_of(site, units_of(piece, channel.channel, site))
-            assert consumers.keys() == expected.keys(), f"{producer} {channel.channel}"
-            if consumers == expected:
-                whole[site.name] = whole.get(site.name, 0) + 1
-                continue
-            assert site.kind == "attention", f"{producer} {channel.channel} reaches {consumers}, not {expected}"
-            (columns,), (head,) = consumers.values(), expected.values()
-            heads = units_of(piece, channel.channel, site)
-            assert columns < head, f"{producer} {channel.channel}"
-            assert len(columns) == len(heads)  # one value column in every head that reads it
-            for unit in heads:
-                assert len(columns & columns_of(site, [unit])[next(iter(expected))]) == 1
-            single[site.name] = single.get(site.name, 0) + 1
-    for site in found.sites:
-        promised = {
-            (piece.tensor, row, site.name)
-            for piece in site.slices
-            if piece.role == "out" and piece.tensor.endswith(".weight") and model.get_parameter(piece.tensor).dim() == 2
-            for row in rows(piece, list(range(site.units)))
-        }
-        assert promised <= covered, f"{site.name}: the oracle never saw {sorted(promised - covered)[:3]}"
-        if site.kind == "attention":
-            width = len(next(iter(columns_of(site, [0]).values())))
-            groups = site.group_count
-            assert (whole[site.name], single[site.name]) == ((site.units + groups) * width, groups * width)
-        else:
-            producers = {tensor for tensor, _, _ in promised}
-            assert whole[site.name] == len(promised) >= site.units * len(producers)
-        _biases_follow_their_weights(model, site)
-
-
-def units_of(piece: Slice, row: int, site: Site) -> list[int]:
-    """Return the units that have to go for a row to go."""
-    if piece.groups is None:
-        return [unit for unit in range(site.units) if row in rows(piece, [unit])]
-    number = next(group for group in set(piece.groups) if row in rows(piece, _of_group(piece, group)))
-    return _of_group(piece, number)
-
-
-def _of_group(piece: Slice, number: int) -> list[int]:
-    assert piece.groups is not None
-    return [unit for unit, group in enumerate(piece.groups) if group == number]
-
-
-def columns_of(site: Site, units: list[int]) -> dict[str, set[int]]:
-    """Return the columns of every consumer that go with these units."""
-    return {piece.tensor: rows(piece, units) for piece in site.slices if piece.role == "in"}
-
-
-def _biases_follow_their_weights(model: nn.Module, site: Site) -> None:
-    for piece in site.slices:
-        path, _, leaf = piece.tensor.rpartition(".")
-        module = model.get_submodule(path)
-        if (
-            piece.role == "out"
-            and leaf == "weight"
-            and isinstance(module, nn.Linear | Conv1D)
-            and module.bias is not None
-        ):
-            bias = [p for p in site.slices if p.tensor == f"{path}.bias" and p.groups == piece.groups]
-            assert [p.blocks for p in bias] == [piece.blocks], path
+    model = built(name, "eager")
+    seen = reached(model, ARCHITECTURES[name].inputs(2, 5, seed=1))
+    assert_labels_say_what_the_oracle_sees(model, inspected(name), seen)

@@ -13,7 +13,15 @@ from fxslim.passes.rules.movement import repeat_axis
 from fxslim.passes.rules.walk import Use, Walk, parameter, rule, sizes
 
 
-def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tuple[str, str, str]) -> Value:
+def contract(
+    walk: Walk,
+    node: fx.Node,
+    first: Value,
+    second: Value,
+    names: tuple[str, str, str],
+    *,
+    parameters: tuple[bool, bool] | None = None,
+) -> Value:
     """Multiply two values and sum over the axes that the output lacks.
 
     Over a contracted axis a parameter ties its labels with the activation's, coordinate by coordinate; two activations
@@ -25,6 +33,7 @@ def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tupl
         first: left operand.
         second: right operand.
         names: one letter per axis, for first, second and output.
+        parameters: which of the two are parameters; None to find out.
     """
     left, right, out = names
     summed = [letter for letter in dict.fromkeys(left + right) if letter not in out]
@@ -34,7 +43,8 @@ def contract(walk: Walk, node: fx.Node, first: Value, second: Value, names: tupl
     shape = tuple(extent.get(letter, 1) for letter in space)
     operands = [_spread(value, letters, space) for value, letters in ((first, left), (second, right))]
     sums = [space.index(letter) for letter in summed]
-    weights = [is_parameter(first), is_parameter(second)]
+    found = [is_parameter(v) and not _is_product(n) for v, n in zip((first, second), _arguments(node), strict=True)]
+    weights = found if parameters is None else list(parameters)
     by_weight = weights[0] != weights[1]
     if by_weight:
         weight = operands[weights.index(True)]
@@ -91,6 +101,26 @@ def is_parameter(value: Value) -> bool:
     return value.origin == CONSTANT and not value.looked_up and bool(value.labels)
 
 
+PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.matmul", "aten.addmm", "aten.baddbmm", "aten.einsum")
+
+
+def _is_product(node: fx.Node | None) -> bool:
+    """Tell whether a value that needs no input is made by products alone: a projected probe, not a weight."""
+    pending, seen, products = [node], set[fx.Node](), False
+    while pending:
+        current = pending.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        if str(getattr(current.target, "overloadpacket", "")) in PRODUCTS:
+            products = True
+        elif current.op != "call_function":
+            return False
+        else:
+            pending.extend(n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
+    return products
+
+
 def _spread(value: Value, letters: str, space: str) -> Value:
     """Lay a value's axes out in the order of a larger space, size 1 where it has none."""
     if len(set(letters)) != len(letters):
@@ -110,7 +140,8 @@ def linear(walk: Walk, node: fx.Node) -> Value:
     """``x (..., in) @ weight (out, in).T + bias``."""
     x, weight = walk.value(node.args[0]), walk.value(node.args[1])
     batch = "abcdefgh"[: len(x.shape) - 1]
-    out = contract(walk, node, x, weight, (batch + "i", "oi", batch + "o"))
+    kinds = (False, True) if is_parameter(weight) else None
+    out = contract(walk, node, x, weight, (batch + "i", "oi", batch + "o"), parameters=kinds)
     bias = parameter(node, "bias", 2)
     return out if bias is None else walk.join([out, walk.value(bias)], sizes(node))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Value
-from fxslim.passes.rules.walk import Walk, concrete, parameter, rule, sizes
+from fxslim.passes.rules.movement import concatenate
+from fxslim.passes.rules.walk import Walk, concrete, fixed, parameter, rule, sizes
 
 
 @rule("aten.embedding")
@@ -46,6 +48,11 @@ def index(walk: Walk, node: fx.Node) -> Any:
     value = walk.value(node.args[0])
     indices = list(node.args[1])  # type: ignore[arg-type]
     shape = sizes(node)
+    picks = [axis for axis, argument in enumerate(indices) if argument is not None]
+    if len(picks) == 1 and indices[picks[0]] in walk.known:
+        known = walk.known[indices[picks[0]]]
+        if known.dtype != torch.bool and known.ndim == 1:
+            return walk.move(value, lambda t: t.index_select(picks[0], known % value.shape[picks[0]]), shape)
     read = [walk.value(argument) for argument in indices if argument is not None]
     for own in read:
         _pin_all(walk, node, own)
@@ -92,6 +99,9 @@ def select(walk: Walk, node: fx.Node) -> Value:
     value = walk.value(node.args[0])
     chosen = walk.value(parameter(node, position[0], position[1]))
     axis = int(concrete(parameter(node, position[2], position[3], 0))) % max(len(value.shape), 1)
+    known = None if gathers else walk.known.get(parameter(node, position[0], position[1]))
+    if known is not None:
+        return walk.move(value, lambda t: t.index_select(axis, known % value.shape[axis]), sizes(node))
     _pin_axis(walk, node, value, axis)
     shape = sizes(node)
     rest = tuple(own for own in value.labels if own.shape[axis] == 1)
@@ -102,8 +112,59 @@ def select(walk: Walk, node: fx.Node) -> Value:
     return walk.join([source, chosen], shape)
 
 
-@rule("aten.scatter", "aten.scatter_add", "aten.index_add", "aten.index_copy", "aten.index_put", "aten.slice_scatter",
-      "aten.select_scatter", "aten.masked_scatter", "aten.scatter_reduce")  # fmt: skip
+def scattered(node: fx.Node, shape: Sequence[int]) -> tuple[int, range]:
+    """Return the axis into which a piece is written, and where."""
+    axis = int(concrete(parameter(node, "dim", 2, 0))) % len(shape)
+    if "select_scatter" in str(node.target):
+        index = int(concrete(parameter(node, "index", 3))) % shape[axis]
+        return axis, range(index, index + 1)
+    start, end, step = (concrete(parameter(node, n, p, d)) for n, p, d in
+                        (("start", 3, None), ("end", 4, None), ("step", 5, 1)))  # fmt: skip
+    return axis, range(shape[axis])[slice(start, end, step)]
+
+
+@rule("aten.slice_scatter", "aten.select_scatter")
+def write(walk: Walk, node: fx.Node) -> Any:
+    """Write a piece into an axis: what is written over goes with the piece."""
+    value, piece = walk.value(node.args[0]), walk.value(node.args[1])
+    shape = sizes(node)
+    axis, chosen = scattered(node, shape)
+    labelled = any(own.along(axis) is not None for own in (value, piece) if len(own.shape) == len(shape))
+    if chosen.step != 1 or (labelled and not fixed(node, axis)):
+        return walk.opaque(node, f"no rule for {node.target} with a stride, or at places given by data")
+    if "select_scatter" in str(node.target):
+        whole = (*piece.shape[:axis], 1, *piece.shape[axis:])
+        piece = walk.move(piece, lambda t: t.unsqueeze(axis), whole)
+
+    if not fixed(node, axis):
+        spread = Value(shape, piece.labels, piece.origin, piece.looked_up)
+        return walk.join([value, spread], shape)
+
+    def part(start: int, stop: int) -> Value:
+        width = (*shape[:axis], stop - start, *shape[axis + 1 :])
+        return walk.move(value, lambda t: t.narrow(axis, start, stop - start), width)
+
+    inner = walk.join([part(chosen.start, chosen.stop), piece], piece.shape)
+    parts = [part(0, chosen.start), inner, part(chosen.stop, shape[axis])]
+    return concatenate(walk, [own for own in parts if own.shape[axis]], axis, shape)
+
+
+@rule("aten.index_put")
+def put(walk: Walk, node: fx.Node) -> Any:
+    """Write one number where a mask says so, which is pointwise; any other writing by data has no rule."""
+    value, number = walk.value(node.args[0]), walk.value(node.args[2])
+    indices = list(node.args[1])  # type: ignore[arg-type]
+    masks = [index for index in indices if index is not None]
+    masked = len(masks) == len(indices) == 1 and masks[0].meta["val"].dtype == torch.bool
+    if not masked or number.labels or number.shape not in ((), (1,)) or parameter(node, "accumulate", 3, False):
+        return scatter(walk, node)
+    mask = walk.value(masks[0])
+    spread = (*mask.shape, *(1,) * (len(value.shape) - len(mask.shape)))
+    return walk.join([value, walk.move(mask, lambda t: t.reshape(spread), spread)], value.shape)
+
+
+@rule("aten.scatter", "aten.scatter_add", "aten.index_add", "aten.index_copy", "aten.masked_scatter",
+      "aten.scatter_reduce")  # fmt: skip
 def scatter(walk: Walk, node: fx.Node) -> Any:
     """Writes at places given by data: only unlabelled values pass."""
     operands = walk.operands(node)

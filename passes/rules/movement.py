@@ -61,7 +61,7 @@ def split(walk: Walk, node: fx.Node) -> tuple[Value, ...]:
     return tuple(pieces)
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_as")
+@rule("aten.expand", "aten.broadcast_to")
 def expand(walk: Walk, node: fx.Node) -> Value:
     """Axes created by a constant size carry labels: children of what is copied, or labels of their own."""
     value = walk.value(node.args[0])

@@ -59,6 +59,7 @@ class Walk:
         unknown: names of operations without a rule, with the first node of each.
         scores: labels that are left on products of two activations: the heads of attention scores.
         tied: (a label, the operation) where coordinates were tied along an axis.
+        known: node -> whole numbers that are constants of the graph.
         node: the node that is being walked.
     """
 
@@ -69,6 +70,7 @@ class Walk:
     unknown: dict[str, str] = field(default_factory=dict)
     scores: list[torch.Tensor] = field(default_factory=list)
     tied: list[tuple[int, str]] = field(default_factory=list)
+    known: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     node: fx.Node | None = None
 
     def tie_along(self, labels: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:

@@ -393,17 +393,14 @@ def test_embedding_rows_stay_and_columns_pass() -> None:
     assert follows(program, labels, {("table", 1): [2]}) == {("table", 1): [2], ("up", 1): [2]}
 
 
-def test_indexing_other_axes_passes_and_the_indexed_axis_stays() -> None:
-    program, labels = _mlp(lambda m, h: h[:, torch.tensor([0, 2])])
+@pytest.mark.parametrize("take", [lambda h, axis, index: h.index_select(axis, index),
+                                  lambda h, axis, index: h.movedim(axis, 0)[index].movedim(0, axis)])  # fmt: skip
+def test_indexing_by_constants_moves_and_by_data_pins(take: Any) -> None:
+    program, labels = _mlp(lambda m, h: take(h, 1, torch.tensor([0, 2])))
     assert follows(program, labels, {("up", 0): [3]}) == {("up", 0): [3], ("down", 1): [3]}
-    program, labels = _mlp(lambda m, h: h[..., torch.tensor([0, 2, 5])], 3)
-    assert pinned_because(program, labels, "up", 0) == ["indexed by data"] * 6
-
-
-def test_index_select_passes_and_pins_like_indexing() -> None:
-    program, labels = _mlp(lambda m, h: h.index_select(1, torch.tensor([2, 0])))
-    assert follows(program, labels, {("up", 0): [3]}) == {("up", 0): [3], ("down", 1): [3]}
-    program, labels = _mlp(lambda m, h: h.index_select(-1, torch.tensor([2, 0])), 2)
+    program, labels = _mlp(lambda m, h: take(h, -1, torch.tensor([0, -1, 3])), 3)
+    assert follows(program, labels, {("up", 0): [3, 5]}) == {("up", 0): [3, 5], ("down", 1): [1, 2]}
+    program, labels = _mlp(lambda m, h: take(h, -1, (h.sum(-1)[0, :2] > 0).long()), 2)
     assert pinned_because(program, labels, "up", 0) == ["indexed by data"] * 6
 
 

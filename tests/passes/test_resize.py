@@ -14,7 +14,7 @@ from fxslim.errors import NarrowError
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
-from fxslim.passes.resize import check, resized
+from fxslim.passes.resize import check, resized, spelled
 from fxslim.program import Program
 
 from traced import cut_rows, labelled, numbers
@@ -43,15 +43,15 @@ def _run(program: Program, cut: Cut, name: str) -> tuple[Tensor, Tensor]:
     source: Value = cut.labels.values[node.args[0]]
     result: Value = cut.labels.values[node]
     dense = numbers(*source.shape)
-    wanted = cut.compress(result, resized_dense(node, dense))
+    wanted = cut.compress(result, resized_dense(node, dense, cut))
     return resized(node, cut).run(cut.compress(source, dense)), wanted
 
 
-def resized_dense(node: Any, dense: Tensor) -> Tensor:
+def resized_dense(node: Any, dense: Tensor, cut: Cut) -> Tensor:
     """Run the operation as it was traced, on the example's sizes."""
     from fxslim.passes.rules.walk import concrete
 
-    args = [concrete(argument) for argument in node.args[1:]]
+    args = [concrete(argument) for argument in spelled(node.args[1:], cut)]
     made: Tensor = node.target(dense, *args, **{name: concrete(value) for name, value in node.kwargs.items()})
     return made
 
@@ -65,6 +65,11 @@ KEPT: dict[str, tuple[Body, list[int], int, str]] = {
     "unflatten": (lambda m, h: h.unflatten(-1, (2, 3)).flatten(-2), HALF, 6, "aten.unflatten"),
     "slice": (lambda m, h: h[..., 2:], [0, 4], 4, "aten.slice"),
     "slice inside": (lambda m, h: h[..., 1:4], [2], 3, "aten.slice"),
+    "strided slice": (lambda m, h: h[..., ::2], [2, 3], 3, "aten.slice"),
+    "strided slice from one": (lambda m, h: h[..., 1::2], [0, 3], 3, "aten.slice"),
+    "index by constants": (lambda m, h: h[..., [5, 1, -2]], [1, 2, 3], 3, "aten.index"),
+    "index_select by constants": (lambda m, h: h.index_select(-1, torch.tensor([5, 4, 0])), [4, 1], 3,
+                                  "aten.index_select"),
     "narrow": (lambda m, h: h.narrow(-1, 3, 3), [0, 5], 3, "aten.narrow"),
     "select": (lambda m, h: h.unflatten(-1, (3, 2)).select(2, 2), [0, 1], 2, "aten.select"),
     "expand": (lambda m, h: h.unsqueeze(-1).expand(-1, -1, -1, 2).flatten(-2), [], 12, "aten.expand"),
@@ -147,7 +152,6 @@ def test_a_depthwise_convolution_keeps_a_group_per_channel() -> None:
 
 
 REFUSED: dict[str, tuple[Body, list[int], int, str, str]] = {
-    "strided slice": (lambda m, h: h[..., ::2], [2], 3, "aten.slice", "a strided slice of a narrowed axis"),
     "slice of nothing": (lambda m, h: h[..., :2], [0, 1], 2, "aten.slice", "nothing would be left of a value"),
     "roll": (lambda m, h: h.roll(1, -1), [0], 6, "aten.roll", "aten.roll over a narrowed axis"),
     "half a head": (lambda m, h: h.view(2, 3, 2, 3).flatten(-2), [0], 6, "aten.view", "is not a box"),
