@@ -83,7 +83,8 @@ def plan(
 ) -> Plan:
     """Choose what to take out, by the magnitude of everything that a unit owns; exact zeros go first.
 
-    Without a request the plan takes out exact zeros only: units whose columns in every consumer are zero.
+    Without a request the plan takes out only what does nothing: units whose columns in every consumer are zero, and
+    units whose value is the same for every input, where the consumers' biases can take it up.
 
     Args:
         model: see `inspect`.
@@ -186,7 +187,7 @@ def compile(
 ) -> CompiledModule:
     """Return a narrowed ``torch.fx.GraphModule``, called like the model, with the same (cache-free) outputs.
 
-    Without a plan and without a request, what is already zero is taken out and nothing else.
+    Without a plan and without a request, what does nothing is taken out and nothing else: see `plan`.
 
     Args:
         model: see `inspect`. It is not changed.

@@ -427,7 +427,9 @@ def _narrowed_part(model: nn.Module, plan: Plan, path: str, parts: Sequence[Site
             for piece in part.site.slices
             if piece.tensor.startswith(prefix)
         )
-        own.append(part.model_copy(update={"site": part.site.model_copy(update={"slices": slices})}))
+        folds = tuple(fold for fold in (fold.inside(path) for fold in part.folds) if fold is not None)
+        site = part.site.model_copy(update={"slices": slices})
+        own.append(part.model_copy(update={"site": site, "folds": folds}))
     edits = tuple(
         edit.model_copy(update={"module": edit.module[len(prefix) :]})
         for edit in plan.edits

@@ -439,7 +439,6 @@ def _moved_tensor(program: Program, node: fx.Node | None) -> bool:
     return node is not None and program.tensor_name(node) is not None
 
 
-
 def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:
     """Return part numbers in the order of first appearance, or None where parts overlap or leave something out."""
     number = np.full(count, -1)

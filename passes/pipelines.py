@@ -16,10 +16,12 @@ from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
+from fxslim.passes.constants import constants
 from fxslim.passes.cut import Cut, closed
 from fxslim.passes.edits import Watch, find_edits, to_watch, watching
 from fxslim.passes.emit import emit
 from fxslim.passes.find import Found, find
+from fxslim.passes.foldable import still
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
 from fxslim.passes.paths import Path, paths
@@ -136,15 +138,14 @@ class Choose:
 
     request: Request
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Sites)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites)
     ensures: ClassVar[tuple[type, ...]] = (Plan,)
 
     def run(self, facts: Facts) -> Facts:
         """Choose."""
-        model = facts.get(Subject).model
-        choice: Choice = choose(
-            facts.get(Sites).sites, facts.get(Program).tensors, self.request, refused=facts.get(Sites).refused
-        )
+        model, program, sites = facts.get(Subject).model, facts.get(Program), facts.get(Sites)
+        constant = still(program, facts.get(Labels), constants(program, model), sites.sites)
+        choice: Choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused, constant=constant)
         return facts.adding(new_plan(model, choice, self.request))
 
 
@@ -266,7 +267,8 @@ class Refer:
                 continue
         made = made or self._refer(program, model, plan, modules, sizes=False, tokens=False)
         if self.lossless and plan.sites:
-            compare(model, model, plan, made.references[:1])
+            folds = any(part.folds for part in plan)  # what is constant on one path may not be on another
+            compare(model, model, plan, made.references if folds else made.references[:1])
         return facts.adding(made)
 
     def _refer(
@@ -346,13 +348,13 @@ class NarrowGraph:
 
     narrow: bool = True
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Cut, Following)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Cut, Plan, Following)
     ensures: ClassVar[tuple[type, ...]] = (Narrowed,)
 
     def run(self, facts: Facts) -> Facts:
         """Narrow, or insert masks."""
-        program, cut = facts.get(Program), facts.get(Cut)
-        made = rewrite(program, cut) if self.narrow else insert_masks(program, facts.get(Labels), cut)
+        program, cut, parts = facts.get(Program), facts.get(Cut), facts.get(Plan).sites
+        made = rewrite(program, cut, parts) if self.narrow else insert_masks(program, facts.get(Labels), cut, parts)
         name = type(facts.get(Subject).original).__name__
         following = facts.get(Following)
         return facts.adding(Narrowed(emit(program, made.graph, made.tensors, name=name, following=following)))

@@ -182,16 +182,20 @@ def matmul(walk: Walk, node: fx.Node) -> Value:
 
 
 def _matmul(walk: Walk, node: fx.Node, first: Value, second: Value) -> Value:
-    rows = "m" if len(first.shape) > 1 else ""
-    columns = "n" if len(second.shape) > 1 else ""
-    left, right = len(first.shape) - 1 - len(rows), len(second.shape) - 1 - len(columns)
+    return contract(walk, node, first, second, matmul_names(len(first.shape), len(second.shape)))
+
+
+def matmul_names(first: int, second: int) -> tuple[str, str, str]:
+    """Return one letter per axis of a matrix product's operands, of these ranks, and of its result."""
+    rows = "m" if first > 1 else ""
+    columns = "n" if second > 1 else ""
+    left, right = first - 1 - len(rows), second - 1 - len(columns)
     batch = "abcdefgh"[: max(left, right)]
-    names = (
+    return (
         batch[len(batch) - left :] + rows + "k",
         batch[len(batch) - right :] + "k" + columns,
         batch + rows + columns,
     )
-    return contract(walk, node, first, second, names)
 
 
 @rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm")
@@ -208,7 +212,7 @@ def einsum(walk: Walk, node: fx.Node) -> Any:
     """Einstein sums of one or two operands."""
     equation = str(node.args[0]).replace(" ", "")
     values = [walk.value(argument) for argument in node.args[1]]  # type: ignore[union-attr]
-    names = _letters(equation, values)
+    names = letters_of(equation, [len(value.shape) for value in values])
     if names is None:
         return walk.opaque(node, f"no rule for einsum {equation!r}")
     if len(values) == 1:
@@ -221,9 +225,9 @@ def einsum(walk: Walk, node: fx.Node) -> Any:
     return contract(walk, node, values[0], values[1], (names[0], names[1], names[2]))
 
 
-def _letters(equation: str, values: list[Value]) -> tuple[str, ...] | None:
+def letters_of(equation: str, ranks: Sequence[int]) -> tuple[str, ...] | None:
     """Expand an einsum equation into plain letters, or return None where no rule covers it."""
-    if len(values) not in (1, 2):
+    if len(ranks) not in (1, 2):
         return None
     inputs, _, out = equation.partition("->")
     terms = inputs.split(",")
@@ -231,11 +235,11 @@ def _letters(equation: str, values: list[Value]) -> tuple[str, ...] | None:
         letters = [letter for letter in sorted(set(inputs)) if letter.isalpha()]
         out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
     spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    most = max(len(v.shape) - len(t.replace("...", "")) for t, v in zip(terms, values, strict=True))
+    most = max(rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True))
     dots = "".join(spare[:most])
     expanded = []
-    for term, value in zip(terms, values, strict=True):
-        count = len(value.shape) - len(term.replace("...", ""))
+    for term, rank in zip(terms, ranks, strict=True):
+        count = rank - len(term.replace("...", ""))
         expanded.append(term.replace("...", dots[len(dots) - count :]))
     expanded.append(out.replace("...", dots))
     return None if any(len(set(term)) != len(term) for term in expanded) else tuple(expanded)
