@@ -6,7 +6,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError, UnsupportedModelError
+from fxslim.exporter import applies, export_patched
 from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic, named_tensors
 
 LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
@@ -42,7 +43,33 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
         exported, example = _export(shadow, candidates, type(model).__name__)
         if any(_mutates(node) for node in exported.graph.nodes):
             exported = exported.run_decompositions({})
-    return _program(model, shadow, exported, example, filled)
+    return _program(model, exported, example, filled)
+
+
+def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any]) -> Program:
+    """Trace a module inside a model as it is called there.
+
+    Args:
+        module: the module, whose tensors the program is to hold.
+        shadow: its twin in a (shared) copy in eval mode, without caches.
+        arguments: the arguments of the call by name; tensors are copied.
+
+    Raises:
+        TraceError: ``torch.export`` cannot take it, or its graph could not stand in its place.
+    """
+    own = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, dict(arguments))
+    with quiet(), torch.no_grad():
+        exported, example = _export(shadow, (own,), type(module).__name__)
+        if pytree.tree_structure(example) != pytree.tree_structure(own):
+            raise TraceError("it can be traced for plain numbers only where it is given a tensor")
+        if any(_mutates(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions({})
+    if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
+        raise TraceError("it changes a buffer or an input in place")
+    program = _program(module, exported, example, frozenset())
+    if next(iter(program.graph.find_nodes(op="get_attr")), None) is not None:
+        raise TraceError("its graph holds graphs")
+    return program
 
 
 def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
@@ -138,15 +165,32 @@ def _dynamic(value: Any) -> Any:
     return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if size > 1} or None
 
 
-def _export(
-    shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str
-) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
+
+
+def _attempts(shadow: nn.Module, example: dict[str, Any]) -> Iterator[Callable[[], Exported]]:
+    """Yield the ways to export a model: with open sizes, with fixed ones, and by the library that it comes from."""
+
+    def dynamic(inputs: dict[str, Any]) -> Any:
+        return pytree.tree_map(_dynamic, inputs)
+
+    for shapes in (dynamic(example), None):
+        yield lambda shapes=shapes: (
+            torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False),
+            example,
+        )
+    if applies(shadow):
+        for open_sizes in (dynamic, None):
+            yield lambda open_sizes=open_sizes: export_patched(shadow, example, open_sizes)
+
+
+def _export(shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str) -> Exported:
     first: Exception | None = None
     for candidate in candidates:
         example = dict(candidate)
-        for shapes in (pytree.tree_map(_dynamic, example), None):
+        for attempt in _attempts(shadow, example):
             try:
-                return torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False), example
+                return attempt()
             except Exception as error:  # noqa: BLE001 - export raises anything; the first error is reported below
                 first = first or error
     message = str(first).strip().splitlines()
@@ -164,7 +208,6 @@ def _mutates(node: fx.Node) -> bool:
 
 def _program(
     model: nn.Module,
-    shadow: nn.Module,
     exported: torch.export.ExportedProgram,
     example: dict[str, Any],
     filled: frozenset[str],
@@ -172,7 +215,7 @@ def _program(
     graph = copy.deepcopy(exported.graph_module).graph
     renamed = _renamed(exported.graph, graph)
     _inline_regions(graph)
-    tensors, aliases = _named_tensors(model)
+    tensors, aliases = named_once(model)
     tensor_of: dict[str, str] = {}
     inputs: list[str] = []
     constants: set[str] = set()
@@ -216,7 +259,7 @@ def _program(
         call,
         notes,
         constants=frozenset(constants),
-        transient=_transient(model),
+        transient=transient_names(model),
         ranges=ranges,
     )
 
@@ -229,7 +272,7 @@ def _renamed(before: fx.Graph, after: fx.Graph) -> dict[str, str]:
     }
 
 
-def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def named_once(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Name every parameter and buffer once; further names of the same tensor become aliases."""
     first: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -244,7 +287,7 @@ def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
     return tensors, aliases
 
 
-def _transient(model: nn.Module) -> frozenset[str]:
+def transient_names(model: nn.Module) -> frozenset[str]:
     """Return the names of buffers that are not part of the state dict."""
     return frozenset(
         f"{path}.{name}" if path else name

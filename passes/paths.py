@@ -37,8 +37,9 @@ class Path:
     generate: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
-        """Return the tensors that the model returns along this path."""
-        with torch.no_grad(), evaluating(model), _attention(model, self.attention):
+        """Return the tensors that the model returns along this path; models that draw numbers draw the same ones."""
+        with torch.no_grad(), torch.random.fork_rng(), evaluating(model), _attention(model, self.attention):
+            torch.manual_seed(0)
             if self.generate:
                 return _generate(model, self.inputs)
             with _without_caches(model):

@@ -22,6 +22,10 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "trace",
+            "exporter",
+            "calls",
+            "regions",
+            "unite",
             "inputs",
             "flow",
             "match",
@@ -41,7 +45,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""
 
-TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather"})
+TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "exporter"})
 """Modules whose subject is transformers: nothing else imports it."""
 
 
