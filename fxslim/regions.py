@@ -82,11 +82,11 @@ def trace_regions(
 
 def _with_reasons(program: Program, shadow: nn.Module, untraced: dict[str, str], read: Mapping[int, str]) -> Program:
     """Add what was not traced, and which tensors the rest of the model needs as they are."""
-    paths = frozenset(region.path for region in program.regions)
+    inside = {id(m) for region in program.regions for m in shadow.get_submodule(region.path).modules()}
     held: dict[str, str] = {}
     for name, tensor in named_tensors(shadow).items():
         canonical = program.aliases.get(name, name)
-        if _above(name, paths) is None:
+        if id(shadow.get_submodule(name.rpartition(".")[0])) not in inside:
             held[canonical] = f"also {name}, outside of the traced regions"
         elif storage(tensor) in read:
             held.setdefault(canonical, read[storage(tensor)])

@@ -19,6 +19,7 @@ from fxslim.passes.rewrite import Rewritten
 from fxslim.plan import Plan
 from fxslim.program import Program, Region, named_tensors
 from fxslim.regions import outermost
+from fxslim.trace import without_caches
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def emit_regions(model: nn.Module, program: Program, made: Rewritten, plan: Plan
         plan: what is taken out of the tensors; without sites where the graphs are masked.
     """
     small = narrowed_copy(model, plan.model_copy(update={"edits": (), "zeroed": ()}))
+    without_caches(small)
     _check(small, program, made)
     ways: dict[str, list[Way]] = {}
     for region in program.regions:
