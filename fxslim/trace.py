@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import logging
 import warnings
@@ -165,16 +166,26 @@ def _dynamic(value: Any) -> Any:
     return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if size > 1} or None
 
 
+def _by_parameter(module: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Put what ``**kwargs`` takes under the name of that parameter, as export wants it."""
+    parameters = inspect.signature(module.forward).parameters
+    rest = next((p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    extra = {name: shape for name, shape in shapes.items() if name not in parameters}
+    if rest is None or not extra:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if name not in extra} | {rest: extra}
+
+
 Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
 
 
 def _attempts(shadow: nn.Module, example: dict[str, Any]) -> Iterator[Callable[[], Exported]]:
     """Yield the ways to export a model: with open sizes, with fixed ones, and by the library that it comes from."""
 
-    def dynamic(inputs: dict[str, Any]) -> Any:
-        return pytree.tree_map(_dynamic, inputs)
+    def dynamic(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: pytree.tree_map(_dynamic, value) for name, value in inputs.items()}
 
-    for shapes in (dynamic(example), None):
+    for shapes in (_by_parameter(shadow, dynamic(example)), None):
         yield lambda shapes=shapes: (
             torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False),
             example,

@@ -16,7 +16,7 @@ LIKE_POINTWISE = (
     "aten.masked_fill", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
     "aten.randn_like", "aten.float", "aten.half", "aten.gelu", "aten.silu", "aten.mish", "aten.hardswish",
     "aten.native_dropout", "aten._conj", "aten.resolve_conj", "aten.resolve_neg", "aten.positive", "aten.copy",
-    "aten.fill", "aten.masked_fill_", "aten.bernoulli", "aten.view_as", "aten.reshape_as",
+    "aten.fill", "aten.masked_fill_", "aten.bernoulli",
     "aten.selu", "aten.celu", "aten.elu", "aten.rrelu", "aten.softplus", "aten.nan_to_num", "aten.addcmul",
     "aten.addcdiv", "aten.lerp", "aten.type", "aten.bool", "aten.int", "aten.long", "aten.double", "aten.bfloat16",
     "aten.square", "aten.zero", "aten._assert_async",
@@ -33,6 +33,14 @@ def pointwise(walk: Walk, node: fx.Node) -> Any:
             return tuple(joined if isinstance(item, torch.Tensor) else None for item in value)
         return None
     return walk.join(walk.operands(node), sizes(node))
+
+
+@rule("aten.view_as", "aten.reshape_as")
+def shaped_like(walk: Walk, node: fx.Node) -> Value:
+    """Move into another value's shape; what is left of both has to have the same shape."""
+    shape = sizes(node)
+    moved = walk.move(walk.value(node.args[0]), lambda t: t.reshape(shape), shape)
+    return walk.join([moved, walk.value(node.args[1])], shape)
 
 
 @rule("aten.prelu", "aten._prelu_kernel")
