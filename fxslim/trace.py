@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError, UnsupportedModelError
@@ -166,44 +167,60 @@ def _dynamic(value: Any) -> Any:
     return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if size > 1} or None
 
 
-def _by_parameter(module: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Put what ``**kwargs`` takes under the name of that parameter, as export wants it."""
-    parameters = inspect.signature(module.forward).parameters
-    rest = next((p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-    extra = {name: shape for name, shape in shapes.items() if name not in parameters}
-    if rest is None or not extra:
-        return shapes
-    return {name: shape for name, shape in shapes.items() if name not in extra} | {rest: extra}
-
-
 Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
 
 
-def _attempts(shadow: nn.Module, example: dict[str, Any]) -> Iterator[Callable[[], Exported]]:
-    """Yield the ways to export a model: with open sizes, with fixed ones, and by the library that it comes from."""
+def _attempts(shadow: nn.Module, example: dict[str, Any]) -> Iterator[tuple[bool, Callable[[], Exported]]]:
+    """Yield the ways to export a model, by itself and by the library that it comes from: open sizes?, the call."""
 
     def dynamic(inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: pytree.tree_map(_dynamic, value) for name, value in inputs.items()}
 
-    for shapes in (_by_parameter(shadow, dynamic(example)), None):
-        yield lambda shapes=shapes: (
-            torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False),
-            example,
-        )
+    def plainly(shapes: Any) -> Exported:
+        with _taking(shadow, tuple(example)):
+            return torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False), example
+
+    yield True, lambda: plainly(dynamic(example))
+    yield False, lambda: plainly(None)
     if applies(shadow):
-        for open_sizes in (dynamic, None):
-            yield lambda open_sizes=open_sizes: export_patched(shadow, example, open_sizes)
+        yield True, lambda: export_patched(shadow, example, dynamic)
+        yield False, lambda: export_patched(shadow, example, None)
+
+
+@contextmanager
+def _taking(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Let a module that takes ``**kwargs`` name what it is given: export cannot open sizes inside ``**kwargs``."""
+    if set(names) <= set(forward_parameters(module)[0]):
+        yield
+        return
+    forward, own = module.forward, vars(module).get("forward")
+
+    def named(**given: Any) -> Any:
+        return forward(**given)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    module.forward = named  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _export(shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str) -> Exported:
     first: Exception | None = None
     for candidate in candidates:
-        example = dict(candidate)
-        for attempt in _attempts(shadow, example):
+        asks_data = False
+        for is_open, attempt in _attempts(shadow, dict(candidate)):
+            if asks_data and not is_open:
+                continue  # fixed sizes do not help where values are asked for
             try:
                 return attempt()
             except Exception as error:  # noqa: BLE001 - export raises anything; the first error is reported below
                 first = first or error
+                asks_data = isinstance(error, GuardOnDataDependentSymNode)
     message = str(first).strip().splitlines()
     raise TraceError(
         f"{name} cannot be traced as a whole: {type(first).__name__}: {message[0] if message else ''} "
