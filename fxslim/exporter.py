@@ -52,12 +52,15 @@ def export_patched(
 
 @contextmanager
 def _own_nodes() -> Iterator[None]:
-    """Take back the pytree nodes that an export registers (caches): elsewhere a cache is no result to compare."""
+    """Take back the caches that an export registers as pytree nodes: elsewhere a cache is no result to compare."""
+    from transformers.exporters.exporter_dynamo import is_cache_class
+
     before, pending = set(pytree.SUPPORTED_NODES), len(pytree._cxx_pytree_pending_imports)
     try:
         yield
     finally:
         if not pytree._cxx_pytree_imported:  # that one would refuse them the second time
-            del pytree._cxx_pytree_pending_imports[pending:]
-            for kind in set(pytree.SUPPORTED_NODES) - before:
+            waiting = pytree._cxx_pytree_pending_imports
+            waiting[pending:] = [item for item in waiting[pending:] if not is_cache_class(item[0][0])]
+            for kind in filter(is_cache_class, set(pytree.SUPPORTED_NODES) - before):
                 pytree._deregister_pytree_node(kind)

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,19 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
         exported, example = _export(shadow, candidates, type(model).__name__)
         if any(_mutates(node) for node in exported.graph.nodes):
             exported = exported.run_decompositions({})
-    return _program(model, exported, example, filled)
+    program = _program(model, exported, example, filled)
+    given = next(candidate for candidate in candidates if candidate.keys() == example.keys())
+    return replace(program, notes=(*program.notes, *_plain_notes(given, example)))
+
+
+def _plain_notes(given: Mapping[str, Any], example: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say which tensors were traced as plain numbers."""
+    return tuple(
+        f"{name}: the graph form holds for these values alone, which forward reads as plain numbers (the module form "
+        "takes others)."
+        for name, value in example.items()
+        if isinstance(given[name], torch.Tensor) and not isinstance(value, torch.Tensor)
+    )
 
 
 def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any]) -> Program:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -462,3 +463,58 @@ def test_models_that_draw_numbers_are_verified_on_the_same_ones() -> None:
 def test_a_model_that_does_not_run_says_so() -> None:
     with pytest.raises(TraceError, match="Check that the model runs on these example_inputs"):
         fxslim.inspect(made(Switch), (numbers(3, 5, D + 1, seed=0),))
+
+
+def transformers_model(kind: str, config: Any) -> Any:
+    """Return a model of transformers in float64 with weights that show what is taken out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(config).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def test_a_model_that_draws_its_patches_and_asks_for_their_number() -> None:
+    config = transformers.ViltConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        max_position_embeddings=16, image_size=12, patch_size=4, hidden_dropout_prob=0.0)  # fmt: skip
+    model = transformers_model("ViltModel", config)
+    inputs = {
+        "input_ids": torch.arange(14).view(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.int64),
+        "pixel_values": numbers(2, 3, 12, 12, seed=0)}  # fmt: skip
+    found = fxslim.inspect(model, inputs)
+    assert [site.name for site in found.sites] == [
+        f"encoder.layer.{n}{name}" for n in range(2) for name in (".attention:attention", ":ffn")
+    ]
+    assert "the model as a whole" in text(found)
+    for narrow in (fxslim.slim, fxslim.compile):
+        result = narrow(model, inputs, ffn=0.5, heads=0.5)
+        assert result.fxslim.report.verification.relative < EXACT
+        assert result.encoder.layer[0].intermediate.dense.weight.shape == (12, 16)
+
+
+def test_the_library_that_a_model_comes_from_can_export_more_of_it() -> None:
+    from torch.utils import _pytree as pytree
+
+    config = transformers.PixtralVisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, image_size=16, patch_size=4
+    )
+    model = transformers_model("PixtralVisionModel", config)
+    inputs = {"pixel_values": numbers(2, 3, 16, 16, seed=0), "image_sizes": torch.tensor([[16, 16], [16, 12]])}
+    caches = {kind for kind in pytree.SUPPORTED_NODES if kind.__name__.endswith("Cache")}
+    compiled = fxslim.compile(model, inputs, ffn=0.5, heads=0.5)
+    assert caches == {kind for kind in pytree.SUPPORTED_NODES if kind.__name__.endswith("Cache")}
+    assert isinstance(compiled, torch.fx.GraphModule)
+    assert "image_sizes: the graph form holds for these values alone" in str(compiled.fxslim.report)
+    other = inputs | {"pixel_values": numbers(2, 3, 16, 16, seed=1)}
+    with fxslim.masked(model, compiled.fxslim.plan):
+        expected = outputs(model, other)
+    assert difference(expected, outputs(compiled, other)) < 1e-6  # angles and norms in float32
+    with pytest.raises(InputError, match="was compiled with image_sizes="):
+        compiled(inputs["pixel_values"], torch.tensor([[16, 16], [12, 12]]))
+    slim = fxslim.slim(model, inputs, ffn=0.5, heads=0.5)
+    with fxslim.masked(model, slim.fxslim.plan):
+        expected = outputs(model, other)
+    assert difference(expected, outputs(slim, other)) < 1e-6
