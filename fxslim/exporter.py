@@ -36,17 +36,19 @@ def export_patched(
     Raises:
         TraceError: the exporter would take other inputs than the example's.
     """
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
     from transformers.exporters.utils import prepare_for_export
 
-    _, prepared, flags = prepare_for_export(model, dict(example))
+    pretrained: Any = model
+    _, prepared, flags = prepare_for_export(pretrained, dict(example))
     if flags or set(prepared) != set(example):
         different = sorted(set(prepared) ^ set(example))
         raise TraceError(f"transformers' exporter would trace other inputs: {', '.join(different)}.")
     prepared = {name: prepared[name] for name in example}
     with _own_nodes():
         config = DynamoConfig(dynamic=shapes is not None, dynamic_shapes=None if shapes is None else shapes(prepared))
-        exported, _ = DynamoExporter().export_program(model, dict(prepared), config)
+        exported, _ = DynamoExporter().export_program(pretrained, dict(prepared), config)
     return exported, prepared
 
 

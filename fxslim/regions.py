@@ -297,7 +297,7 @@ class _Reads(TorchDispatchMode):
     """Records whose memory is read outside of the regions."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.inside = 0
         self.read: dict[int, str] = {}
 
@@ -314,7 +314,8 @@ class _Reads(TorchDispatchMode):
 
 def _held(shadow: nn.Module, example: Mapping[str, Any], paths: frozenset[str]) -> dict[int, str]:
     """Return the memory that the model reads outside of its regions: storage -> what was seen."""
-    with _Reads() as reads, torch.no_grad(), quiet():  # type: ignore[no-untyped-call]
+    reads = _Reads()
+    with reads, torch.no_grad(), quiet():
 
         def enter(path: str, args: Any, kwargs: Any) -> None:
             reads.note((args, kwargs), f"given to {path} as an argument")

@@ -213,7 +213,7 @@ def _taking(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
     kind = inspect.Parameter.KEYWORD_ONLY
     named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-    module.forward = named  # type: ignore[method-assign]
+    module.forward = named
     try:
         yield
     finally:

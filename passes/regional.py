@@ -137,7 +137,7 @@ def emit_regions(model: nn.Module, program: Program, made: Rewritten, plan: Plan
         ways.setdefault(region.path, []).append(_way(region, program, made, module))
     for path, of_path in ways.items():
         module = small.get_submodule(path)
-        module.forward = RegionForward(module, path, tuple(of_path))  # type: ignore[assignment]
+        module.forward = RegionForward(module, path, tuple(of_path))
     return small.eval()
 
 
