@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxslim.calls import by_name, entry, signature_of
 from fxslim.errors import FxslimError, InputError, TraceError
+from fxslim.outside import private, read_outside, storage
 from fxslim.plan import Note
 from fxslim.program import Program, named_tensors
 from fxslim.trace import named_once, quiet, share, trace_part, transient_names, without_caches
@@ -77,7 +77,9 @@ def trace_regions(
     paths = frozenset(part.path for part in parts)
     call = whole_call(model, example, result, filled)
     program = unite(parts, named_once(model), transient_names(model), call)
-    return _with_reasons(program, shadow, _untraced(model, root, search.failed, paths), _held(shadow, example, paths))
+    return _with_reasons(
+        program, shadow, _untraced(model, root, search.failed, paths), read_outside(shadow, example, paths)
+    )
 
 
 def _with_reasons(program: Program, shadow: nn.Module, untraced: dict[str, str], read: Mapping[int, str]) -> Program:
@@ -101,15 +103,11 @@ def _record(
         root = Call("")
         try:
             with recording(shadow, root), torch.no_grad(), quiet():
-                result = shadow(**pytree.tree_map(_private, dict(candidate)))
+                result = shadow(**pytree.tree_map(private, dict(candidate)))
         except Exception:  # noqa: BLE001 - a model may raise anything; why it was not traced is reported
             continue
         return root, candidate, result
     raise whole
-
-
-def _private(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 @contextmanager
@@ -286,78 +284,3 @@ def _parents(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
-
-
-def storage(tensor: torch.Tensor) -> int:
-    """Return what identifies the memory of a tensor."""
-    return tensor.untyped_storage().data_ptr()
-
-
-class _Reads(TorchDispatchMode):
-    """Records whose memory is read outside of the regions."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.inside = 0
-        self.read: dict[int, str] = {}
-
-    def note(self, tree: Any, reason: str) -> None:
-        for leaf in pytree.tree_leaves(tree):
-            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
-                self.read.setdefault(storage(leaf), reason)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.inside:
-            self.note((args, kwargs or {}), "read outside of the traced regions")
-        return func(*args, **(kwargs or {}))
-
-
-def _held(shadow: nn.Module, example: Mapping[str, Any], paths: frozenset[str]) -> dict[int, str]:
-    """Return the memory that the model reads outside of its regions: storage -> what was seen."""
-    reads = _Reads()
-    with reads, torch.no_grad(), quiet():
-
-        def enter(path: str, args: Any, kwargs: Any) -> None:
-            reads.note((args, kwargs), f"given to {path} as an argument")
-            reads.inside += 1
-
-        def leave() -> None:
-            reads.inside -= 1
-
-        with outermost(shadow, paths, enter, leave):
-            shadow(**pytree.tree_map(_private, dict(example)))
-    return reads.read
-
-
-@contextmanager
-def outermost(
-    model: nn.Module, paths: frozenset[str], enter: Callable[[str, Any, Any], None], leave: Callable[[], None]
-) -> Iterator[None]:
-    """Call back at the start and the end of every call of some modules, calls inside such calls left out."""
-    depth = 0
-    handles: list[Any] = []
-
-    def before(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal depth
-            depth += 1
-            if depth == 1:
-                enter(path, args, kwargs)
-
-        return hook
-
-    def after(*_: Any) -> None:
-        nonlocal depth
-        depth -= 1
-        if depth == 0:
-            leave()
-
-    try:
-        for path in paths:
-            module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(after, always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

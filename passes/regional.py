@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 
 from fxslim.calls import Entry, by_name, entry, signature_of
 from fxslim.errors import InputError, NarrowError, UnsupportedModelError
+from fxslim.outside import outermost
 from fxslim.passes.emit import follow_device
 from fxslim.passes.narrow import narrowed_copy
 from fxslim.passes.paths import Path
 from fxslim.passes.rewrite import Rewritten
 from fxslim.plan import Plan
 from fxslim.program import Program, Region, named_tensors
-from fxslim.regions import outermost
 from fxslim.trace import without_caches
 
 

@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "exporter",
             "calls",
             "regions",
+            "outside",
             "unite",
             "inputs",
             "flow",
