@@ -42,6 +42,8 @@ def follow(model: nn.Module, program: Program) -> tuple[Program, Following]:
     behind a cast that it does not pass in other dtypes; the program that is returned has the wiring of the second.
     A graph that names no dtype and holds no floating-point constant needs no second trace.
     """
+    if program.regions:
+        return program, Following("it is traced in regions")
     constants = [name for name in program.constants if program.tensors[name].is_floating_point()]
     if not constants and not any(_dtypes(node) for node in program.graph.nodes):
         return program, Following()

@@ -40,9 +40,19 @@ class Path:
     fused: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
-        """Return the tensors that the model returns along this path; it gets inputs that it may write into."""
+        """Return the tensors that the model returns along this path.
+
+        It gets inputs that it may write into, and draws the same numbers every time.
+        """
         inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, dict(self.inputs))
-        with torch.no_grad(), evaluating(model), _attention(model, self.attention), _fused(self.fused):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            evaluating(model),
+            _attention(model, self.attention),
+            _fused(self.fused),
+        ):
+            torch.manual_seed(0)
             if self.generate:
                 return _generate(model, inputs)
             with _without_caches(model):
