@@ -96,11 +96,16 @@ def _compare(
                 places.setdefault(node.name, {})[place] = what
         made[node] = copied = graph.node_copy(node, made.__getitem__)
         copied.meta = dict(node.meta)
-        rewired = iter([made[own[n]] for n in _read(like)])
-        copied.args = fx.node.map_arg(node.args, lambda _, rest=rewired: next(rest))
-        copied.kwargs = fx.node.map_arg(node.kwargs, lambda _, rest=rewired: next(rest))
+        _rewire(copied, node, [made[own[n]] for n in _read(like)])
     same = (name for name in constants if name in twin.tensors and twin.tensors[name].dtype != other)
     return replace(program, graph=graph), Following("", places, frozenset(same))
+
+
+def _rewire(copied: fx.Node, node: fx.Node, read: list[fx.Node]) -> None:
+    """Let a copy read these nodes, in the order of the original's arguments."""
+    rest = iter(read)
+    copied.args = fx.node.map_arg(node.args, lambda _: next(rest))
+    copied.kwargs = fx.node.map_arg(node.kwargs, lambda _: next(rest))
 
 
 def _asserts(node: fx.Node) -> bool:

@@ -119,8 +119,9 @@ def _compute(walk: Walk, node: fx.Node) -> None:
         return
     if not isinstance(node.meta.get("val"), torch.Tensor) or node.meta["val"].is_floating_point():
         return
-    args, kwargs = fx.node.map_arg((node.args, {k: v for k, v in node.kwargs.items() if k != "device"}),
-                                   walk.known.__getitem__)  # fmt: skip
+    keywords = {name: value for name, value in node.kwargs.items() if name != "device"}
+    args: tuple[Any, ...] = fx.node.map_arg(node.args, walk.known.__getitem__)
+    kwargs: dict[str, Any] = fx.node.map_arg(keywords, walk.known.__getitem__)
     if operation(node) == "aten.to" and "device" in str(node.target):
         walk.known[node] = args[0].to(node.meta["val"].dtype)
         return

@@ -270,11 +270,11 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
         short = request.ffn and not gone.any()
         return gone, f"ffn={request.ffn} of {site.units} channels is less than one" if short else ""
     if _of_values(site):
-        members = _members(site)
-        for own in members:
+        every = _members(site)
+        for own in every:
             gone[_lowest(own, zero, scores)[: _count(request.value, len(own))]] = True
         short = request.value and not gone.any()
-        return gone, f"value={request.value} of {len(members[0])} channels is less than one" if short else ""
+        return gone, f"value={request.value} of {len(every[0])} channels is less than one" if short else ""
     if site.kind != "attention":
         return gone, "no pattern names this site, so neither ffn= nor heads= reaches it"
     note = ""

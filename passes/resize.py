@@ -219,7 +219,7 @@ def _picks(node: fx.Node) -> dict[int, fx.Node]:
     """Return axis -> index of a node that indexes."""
     if operation(node) == "aten.index_select":
         return {int(concrete(node.args[1])): node.args[2]}  # type: ignore[dict-item]
-    return {axis: index for axis, index in enumerate(node.args[1]) if index is not None}  # type: ignore[arg-type,misc]
+    return {axis: index for axis, index in enumerate(node.args[1]) if index is not None}  # type: ignore[arg-type]
 
 
 @_for("aten.slice_scatter", "aten.select_scatter")
