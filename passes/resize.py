@@ -192,11 +192,13 @@ def take(tensor: torch.Tensor, axis: int, places: tuple[int, ...]) -> torch.Tens
 
 def _places(cut: Cut, source: Value, axis: int, chosen: list[int]) -> tuple[int, ...]:
     """Return where chosen coordinates of an axis lie after a cut; what went is left out."""
-    kept = cut.positions(source, axis)
-    if kept is None:
-        raise NarrowError("coordinates are chosen on an axis on which different ones stay")
-    place = {position: i for i, position in enumerate(kept.tolist())}
-    return tuple(place[position] for position in chosen if position in place)
+    places: list[int] = []
+    for position in chosen:
+        first, last = cut.before(source, axis, position), cut.before(source, axis, position + 1)
+        if first is None or last is None:
+            raise NarrowError("coordinates are chosen on an axis on which different ones stay")
+        places.extend(range(first, last))
+    return tuple(places)
 
 
 @_for("aten.index", "aten.index_select")
