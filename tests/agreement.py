@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,21 @@ FLOAT32_INSIDE = {"gptj", "gpt_neox", "llama", "llama_gqa", "mistral", "qwen2", 
     "qwen3_next",
 }
 """Architectures with rotary angles or RMS norms: float32, whatever the model's dtype; some softmaxes, too."""
+
+
+FIXED = {"llava": 2}
+"""Batch sizes that a trace fixes: as many image tokens as image features."""
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Turn torch's fused encoder layers off: at padding they hold other values than the operations in a graph."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def tolerance(name: str) -> float:

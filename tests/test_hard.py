@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ import fxslim
 from fxslim.passes.prepare import permanent
 from fxslim.plan import Plan
 
-from agreement import difference, outputs, random_plan, tolerance
+from agreement import FIXED, difference, outputs, plain_kernels, random_plan, tolerance
 from architectures import Attention
 from battery import (
     assert_labels_say_what_the_oracle_sees,
@@ -214,21 +213,6 @@ def forward_inputs(name: str, batch: int, length: int, seed: int) -> dict[str, A
     entry = HARD[name]
     inputs: dict[str, Any] = entry.inputs(batch, max(length, entry.min_length), seed)
     return {**inputs, "use_cache": False} if entry.generates or entry.decoder else inputs
-
-
-FIXED = {"llava": 2}
-"""Batch sizes that a trace fixes: as many image tokens as image features."""
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Turn torch's fused encoder layers off: at padding they hold other values than the operations in a graph."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def assert_agree(name: str, model: Any, plan: Plan, narrowed: Any, batch: int | None = None) -> None:
