@@ -275,7 +275,7 @@ class Refer:
         batch, length, one = (BATCH + 1, LENGTH + 2, 1) if sizes else (None, None, None)
         varied = fresh(program, seed=1, batch=batch, length=length, tokens=tokens)
         ways = (
-            *paths(model, varied, filled=program.call.filled, given=program.call.example),
+            *paths(model, varied, filled=program.call.filled, given=program.call.example, train=not self.graph),
             Path("batch of one" if sizes else "other values", fresh(program, seed=2, batch=one, tokens=tokens)),
         )
         watches = {path: Watch() for path in modules}
@@ -373,8 +373,8 @@ class Verify:
 
 
 def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Return the paths that a graph can run: one forward, with the attention that was traced."""
-    return tuple(path for path in ways if not path.generate and not path.fused and path.attention is None)
+    """Return the paths that a graph can run: one forward in eval mode, with the attention that was traced."""
+    return tuple(p for p in ways if not (p.generate or p.fused or p.training) and p.attention is None)
 
 
 @dataclass(frozen=True)
