@@ -96,13 +96,13 @@ def paths(
             found.append(Path(f"{other} attention without mask", bare, attention=other))
     if generates(model) and "input_ids" in inputs:
         found.append(Path("generate with cache", inputs, generate=True))
-    trained = Path("training", inputs, training=True)
-    if train and trained.fits(model):
-        found.append(trained)
     if given is not None and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         fused = Path("fused layers", given, fused=True)
         if all(bool(t.isfinite().all()) for t in fused.run(model)):  # rows without a key: NaN fused, zero otherwise
             found.append(fused)
+    trained = Path("training", inputs, training=True)
+    if train and trained.fits(model):
+        found.append(trained)
     return tuple(found)
 
 
