@@ -19,11 +19,13 @@ from fxslim.passes.mask import masked as _masked
 from fxslim.passes.narrow import replay
 from fxslim.passes.paths import paths
 from fxslim.passes.prepare import settle
+from fxslim.passes.regional import is_regional
 from fxslim.passes.sites import Sites
 from fxslim.passes.verify import compare, refer
 from fxslim.pipeline import Facts, Observer, Pass, Pipeline
 from fxslim.plan import Note, Plan
 from fxslim.program import Program
+from fxslim.regions import region_notes
 from fxslim.report import Inspection, Record, Report, Verification
 
 __all__ = ["Inspection", "Report", "compile", "inspect", "masked", "plan", "slim", "verify"]
@@ -61,7 +63,7 @@ def inspect(
     return Inspection(
         sites=tuple(chosen),
         pinned=sites.pinned,
-        notes=tuple(Note(where="trace", reason=note) for note in program.notes),
+        notes=(*region_notes(program), *(Note(where="trace", reason=note) for note in program.notes)),
         feeds=sites.feeds.subgraph(names),
         explain=sites.naming.why,
     )
@@ -83,7 +85,8 @@ def plan(
 ) -> Plan:
     """Choose what to take out, by the magnitude of everything that a unit owns; exact zeros go first.
 
-    Without a request the plan takes out exact zeros only: units whose columns in every consumer are zero.
+    Without a request the plan takes out only what does nothing: units whose columns in every consumer are zero, and
+    units whose value is the same for every input, where the consumers' biases can take it up.
 
     Args:
         model: see `inspect`.
@@ -183,10 +186,11 @@ def compile(
     narrow: bool = True,
     progress: bool = False,
     observer: Observer | None = None,
-) -> CompiledModule:
+) -> nn.Module:
     """Return a narrowed ``torch.fx.GraphModule``, called like the model, with the same (cache-free) outputs.
 
-    Without a plan and without a request, what is already zero is taken out and nothing else.
+    Without a plan and without a request, what does nothing is taken out and nothing else: see `plan`. A model that
+    cannot be traced as a whole gives a copy of itself with a narrowed graph in the place of each region that can be.
 
     Args:
         model: see `inspect`. It is not changed.
@@ -205,7 +209,7 @@ def compile(
         observer: called after every pass.
 
     Returns:
-        A GraphModule whose ``.fxslim`` holds the plan and the report; for inference.
+        A GraphModule (or a module with graphs inside) whose ``.fxslim`` holds the plan and the report; for inference.
 
     Raises:
         VerifyError: masked and narrowed differ; otherwise as `slim`.
@@ -213,8 +217,10 @@ def compile(
     request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
     last = lines.compile_passes(narrow=narrow, lossless=plan is None and request.lossless)
     graph, record = _narrow(model, example_inputs, plan, request, last, progress, observer)
-    assert isinstance(graph, CompiledModule)
-    graph.meta["fxslim"] = record
+    if isinstance(graph, CompiledModule):
+        graph.meta["fxslim"] = record
+    else:
+        graph.fxslim = record  # type: ignore[assignment]
     return graph
 
 
@@ -249,7 +255,7 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
     what = _subject(model, example_inputs)
     candidates = bind(what.model, example_inputs)
     filled = lines.MASKS if example_inputs is None else frozenset()
-    graph = isinstance(small, CompiledModule)
+    graph = isinstance(small, CompiledModule) or is_regional(small)
     ways = paths(what.model, candidates[0], filled=filled, given=candidates[0], train=not graph)
     if graph:
         ways = lines.graph_paths(ways)

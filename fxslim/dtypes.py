@@ -42,6 +42,8 @@ def follow(model: nn.Module, program: Program) -> tuple[Program, Following]:
     behind a cast that it does not pass in other dtypes; the program that is returned has the wiring of the second.
     A graph that names no dtype and holds no floating-point constant needs no second trace.
     """
+    if program.regions:
+        return program, Following("it is traced in regions")
     constants = [name for name in program.constants if program.tensors[name].is_floating_point()]
     if not constants and not any(_dtypes(node) for node in program.graph.nodes):
         return program, Following()
@@ -94,11 +96,16 @@ def _compare(
                 places.setdefault(node.name, {})[place] = what
         made[node] = copied = graph.node_copy(node, made.__getitem__)
         copied.meta = dict(node.meta)
-        rewired = iter([made[own[n]] for n in _read(like)])
-        copied.args = fx.node.map_arg(node.args, lambda _, rest=rewired: next(rest))
-        copied.kwargs = fx.node.map_arg(node.kwargs, lambda _, rest=rewired: next(rest))
+        _rewire(copied, node, [made[own[n]] for n in _read(like)])
     same = (name for name in constants if name in twin.tensors and twin.tensors[name].dtype != other)
     return replace(program, graph=graph), Following("", places, frozenset(same))
+
+
+def _rewire(copied: fx.Node, node: fx.Node, read: list[fx.Node]) -> None:
+    """Let a copy read these nodes, in the order of the original's arguments."""
+    rest = iter(read)
+    copied.args = fx.node.map_arg(node.args, lambda _: next(rest))
+    copied.kwargs = fx.node.map_arg(node.kwargs, lambda _: next(rest))
 
 
 def _asserts(node: fx.Node) -> bool:

@@ -178,41 +178,58 @@ def _without_special(ids: torch.Tensor, config: Any, vocabulary: int) -> torch.T
 
 
 def fresh(
-    program: Program, *, seed: int, batch: int | None = None, length: int | None = None, tokens: bool = True
+    program: Program, *, seed: int, batch: int | None = None, length: int | None = None, integers: bool = True
 ) -> dict[str, Any]:
     """Make inputs like the traced ones with other values, and other sizes where the trace left them open.
 
     Integer inputs draw from the values that the example holds at the same place in the sequence (so that end tokens
     stay at the end), floating-point ones from a normal distribution with the example's mean and deviation, masks (two
-    values) get padding on the right in every second row.
+    values) get padding on the right in every second row. Where the model is traced in regions, nothing says which sizes
+    are open: the batch is the first size of every tensor, if they agree, and lengths stay.
 
     Args:
         program: the traced model.
         seed: equal seeds give equal inputs.
-        batch: another batch size, where it is open.
-        length: another length, where it is open.
-        tokens: whether integers vary; some models count them (placeholders of images).
+        batch: another batch, where the trace left it open.
+        length: another length, where the trace left it open.
+        integers: whether integers vary; some models count them (placeholders of images).
     """
     generator = torch.Generator().manual_seed(seed)
     leaves, spec = pytree.tree_flatten(dict(program.call.example))
+    shapes = _batches(leaves, batch) if program.regions else _shapes(program, leaves, batch, length)
+    made = [
+        _like(leaf, shape, generator)
+        if isinstance(leaf, torch.Tensor) and (integers or leaf.is_floating_point())
+        else leaf
+        for leaf, shape in zip(leaves, shapes, strict=True)
+    ]
+    inputs: dict[str, Any] = pytree.tree_unflatten(made, spec)
+    return inputs
+
+
+def _shapes(program: Program, leaves: list[Any], batch: int | None, length: int | None) -> list[list[int]]:
+    """Return another shape for every tensor, where the trace left sizes open."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    made = []
+    shapes: list[list[int]] = []
     for leaf, name in zip(leaves, program.inputs, strict=True):
         if not isinstance(leaf, torch.Tensor):
-            made.append(leaf)
+            shapes.append([])
             continue
-        value = nodes[name].meta["val"]
-        shape = [_resize(size, axis, batch, length) for axis, size in enumerate(value.shape)]
+        shape = [_resize(size, axis, batch, length) for axis, size in enumerate(nodes[name].meta["val"].shape)]
         for limit in program.ranges:
             if limit.input == name:
                 high = shape[limit.axis] if limit.high is None else limit.high
                 shape[limit.axis] = max(limit.low, min(shape[limit.axis], high))
-        if not tokens and not leaf.is_floating_point():
-            made.append(leaf)
-            continue
-        made.append(_like(leaf, shape, generator))
-    inputs: dict[str, Any] = pytree.tree_unflatten(made, spec)
-    return inputs
+        shapes.append(shape)
+    return shapes
+
+
+def _batches(leaves: list[Any], batch: int | None) -> list[list[int]]:
+    """Return every tensor's shape with another batch, where all tensors have the same first size."""
+    shapes = [list(leaf.shape) if isinstance(leaf, torch.Tensor) else [] for leaf in leaves]
+    if batch is not None and len({shape[0] for shape in shapes if shape}) == 1:
+        shapes = [[batch, *shape[1:]] if shape else [] for shape in shapes]
+    return shapes
 
 
 def _resize(size: Any, axis: int, batch: int | None, length: int | None) -> int:

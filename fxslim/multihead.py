@@ -127,7 +127,8 @@ class NarrowedMultiheadAttention(nn.MultiheadAttention):
     def _split(self, projected: Tensor, batch_axis: int) -> Tensor:
         """Bring heads to the front.  (B, L, H'*E) or (L, B, H'*E) -> (B, H', L, E)"""
         heads = projected.unflatten(-1, (self.num_heads, self.head_dim))
-        return heads.permute(batch_axis, 2, 1 - batch_axis, 3)
+        moved: Tensor = heads.permute(batch_axis, 2, 1 - batch_axis, 3)
+        return moved
 
     def _bias(self, attn_mask: Maybe, padding: Maybe, q: Tensor) -> Maybe:
         """Return what both masks add to the scores.  (1 or B, 1 or H', 1 or L, S), or None"""
@@ -143,9 +144,11 @@ class NarrowedMultiheadAttention(nn.MultiheadAttention):
             return mask[None, None]
         if mask.dim() == 3 and mask.shape[0] == batch * self.dense_heads:
             kept = torch.tensor(self.kept_heads, device=mask.device)
-            return mask.unflatten(0, (batch, self.dense_heads)).index_select(1, kept)
+            chosen: Tensor = mask.unflatten(0, (batch, self.dense_heads)).index_select(1, kept)
+            return chosen
         if mask.dim() == 3 and mask.shape[0] == batch * self.num_heads:
-            return mask.unflatten(0, (batch, self.num_heads))
+            rows: Tensor = mask.unflatten(0, (batch, self.num_heads))
+            return rows
         raise InputError(
             f"attn_mask has shape {tuple(mask.shape)}; expected (L, S), or {batch} times {self.dense_heads} heads (or "
             f"the {self.num_heads} that are left) in front."

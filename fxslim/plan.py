@@ -160,11 +160,46 @@ class Site(Frozen):
         return tuple(dict.fromkeys(part.tensor.rpartition(".")[0] for part in self.slices))
 
 
+class Fold(Frozen):
+    """Constants that a consumer's bias takes up: ``bias + weight[:, rows] @ values``, over the dense weight.
+
+    The numbers are part of the plan, because finding them takes a trace, and a plan is replayed where there is none.
+
+    Attributes:
+        tensor: canonical name of the consumer's weight; one of its site's slices.
+        dim: the dimension that is summed over.
+        bias: canonical name of the bias, as long as the weight's outputs.
+        rows: rows of the dimension that go, ascending.
+        values: what the consumer's input holds there, whatever the model's input is.
+    """
+
+    tensor: Name
+    dim: Count
+    bias: Name
+    rows: tuple[Count, ...]
+    values: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+
+    def inside(self, path: str) -> Fold | None:
+        """Return it for a module by itself, or None where that does not hold the bias."""
+        prefix = f"{path}." if path else ""
+        if not (self.tensor.startswith(prefix) and self.bias.startswith(prefix)):
+            return None
+        names = {"tensor": self.tensor[len(prefix) :], "bias": self.bias[len(prefix) :]}
+        return self.model_copy(update=names)
+
+
 class SitePlan(Frozen):
-    """A site and the units of it that are kept, in ascending order."""
+    """A site and the units of it that are kept.
+
+    Attributes:
+        site: the site.
+        keep: units that are kept, in ascending order.
+        folds: constants of units that go; they are masked at these values, and without one at zero.
+    """
 
     site: Site
     keep: tuple[Count, ...]
+    folds: tuple[Fold, ...] = ()
 
     @model_validator(mode="after")
     def _sound(self) -> SitePlan:
@@ -178,6 +213,11 @@ class SitePlan(Frozen):
             counts = np.bincount(groups)
             if len(set(counts[counts > 0].tolist())) > 1:
                 raise ValueError(f"site {name}: every group that stays must keep the same number of units")
+        for fold in self.folds:
+            slices = [p for p in self.site.slices if (p.tensor, p.dim, p.role) == (fold.tensor, fold.dim, "in")]
+            gone = np.flatnonzero(np.any([p.removed(self.gone) for p in slices], axis=0)) if slices else ()
+            if len(fold.rows) != len(fold.values) or not set(fold.rows) <= set(gone):
+                raise ValueError(f"site {name}: a fold of {fold.tensor} is not about rows that go")
         return self
 
     @property
@@ -348,13 +388,15 @@ class Plan(Frozen):
         for part in other.sites:
             name = part.site.name
             before = mine.get(name)
+            folds = tuple(_dense_rows(fold, rows.get((fold.tensor, fold.dim))) for fold in part.folds)
             if before is not None and name not in other.zeroed and len(before.keep) == part.site.units:
                 keep = tuple(before.keep[unit] for unit in part.keep)
-                sites[name] = before.model_copy(update={"keep": keep})
+                sites[name] = before.model_copy(update={"keep": keep, "folds": (*before.folds, *folds)})
                 continue
             own = next(n for n in (name, *(f"{name}+{i}" for i in range(2, len(sites) + 3))) if n not in sites)
             slices = tuple(_widened(piece, rows.get((piece.tensor, piece.dim))) for piece in part.site.slices)
-            sites[own] = part.model_copy(update={"site": part.site.model_copy(update={"name": own, "slices": slices})})
+            site = part.site.model_copy(update={"name": own, "slices": slices})
+            sites[own] = part.model_copy(update={"site": site, "folds": folds})
             if name in other.zeroed:
                 zeroed.append(own)
         return self.model_copy(
@@ -389,6 +431,14 @@ def _widened(piece: Slice, gone: np.ndarray | None) -> Slice:
     owner = np.full(len(gone), -1, dtype=np.int64)
     owner[~gone] = piece.owners()
     return piece.model_copy(update={"size": len(gone), "blocks": blocks_of(owner)})
+
+
+def _dense_rows(fold: Fold, gone: np.ndarray | None) -> Fold:
+    """Return a fold of a narrowed tensor in terms of the tensor before."""
+    if gone is None or not gone.any():
+        return fold
+    kept = np.flatnonzero(~gone)
+    return fold.model_copy(update={"rows": tuple(int(kept[row]) for row in fold.rows)})
 
 
 def _chained(first: tuple[AnyEdit, ...], second: tuple[AnyEdit, ...]) -> tuple[AnyEdit, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,8 +53,31 @@ class SizeRange:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A module that was traced by itself, in one of the ways in which the rest of the model calls it.
+
+    Attributes:
+        path: the module's path.
+        call: how it is called: ``example`` holds its arguments by name, without those that are its defaults.
+        inputs: placeholder names in the program's graph of the leaves of ``call.example``, in order.
+        outputs: which of the graph's outputs are this region's: from, to.
+        own: placeholder name -> name of the tensor inside the module, constants that tracing has lifted left out.
+        ranges: sizes for which the trace holds; they name the placeholders in ``inputs``.
+        calls: how many calls of the example run it stands for.
+    """
+
+    path: str
+    call: CallSpec
+    inputs: tuple[str, ...]
+    outputs: tuple[int, int]
+    own: Mapping[str, str]
+    ranges: tuple[SizeRange, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
 class Program:
-    """A model as one functional ATen graph.
+    """A model as one functional ATen graph, or as the graphs of its regions side by side in one.
 
     Placeholders come first: the model's tensors (``tensor_of`` maps a placeholder's name to the tensor's name), then
     the user's inputs (``inputs``). ``node.meta["val"]`` holds fake tensors with symbolic batch and length where the
@@ -72,6 +95,9 @@ class Program:
         ranges: sizes for which the trace holds, where it does not hold for all.
         constants: names of tensors that tracing has lifted; no module of the model holds them.
         transient: names of buffers that the model's state_dict leaves out.
+        regions: the modules that were traced by themselves; empty where the whole model is one graph.
+        untraced: path of a module that is part of no region -> why; ``""`` is the whole model.
+        held: names of tensors that something outside of the regions reads or owns as well -> what.
     """
 
     graph: fx.Graph
@@ -84,12 +110,19 @@ class Program:
     constants: frozenset[str] = field(default_factory=frozenset)
     ranges: tuple[SizeRange, ...] = ()
     transient: frozenset[str] = field(default_factory=frozenset)
+    regions: tuple[Region, ...] = ()
+    untraced: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, str] = field(default_factory=dict)
 
     def tensor_name(self, node: object) -> str | None:
         """Return the canonical tensor name of a placeholder node, or None for any other node."""
         if isinstance(node, fx.Node) and node.op == "placeholder":
             return self.tensor_of.get(node.name)
         return None
+
+    def with_reasons(self, untraced: Mapping[str, str], held: Mapping[str, str]) -> Program:
+        """Return a program of regions that says what is in none of them, and which tensors have to stay."""
+        return replace(self, untraced=untraced, held=held)
 
 
 UNBACKED = 12

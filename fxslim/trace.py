@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError, UnsupportedModelError
+from fxslim.exporter import applies, export_patched
 from fxslim.functional import functionalize
 from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic, named_tensors
 
@@ -43,7 +47,45 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
         exported, example = _export(shadow, candidates, type(model).__name__)
         if not functionalize(copy.deepcopy(exported.graph)):
             exported = exported.run_decompositions({})
-    return _program(model, shadow, exported, example, filled)
+    program = _program(model, exported, example, filled)
+    given = next(candidate for candidate in candidates if candidate.keys() == example.keys())
+    return replace(program, notes=(*program.notes, *_plain_notes(given, example)))
+
+
+def _plain_notes(given: Mapping[str, Any], example: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say which tensors were traced as plain numbers."""
+    return tuple(
+        f"{name}: the graph form holds for these values alone, which forward reads as plain numbers (the module form "
+        "takes others)."
+        for name, value in example.items()
+        if isinstance(given[name], torch.Tensor) and not isinstance(value, torch.Tensor)
+    )
+
+
+def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any]) -> Program:
+    """Trace a module inside a model as it is called there.
+
+    Args:
+        module: the module, whose tensors the program is to hold.
+        shadow: its twin in a (shared) copy in eval mode, without caches.
+        arguments: the arguments of the call by name; tensors are copied.
+
+    Raises:
+        TraceError: ``torch.export`` cannot take it, or its graph could not stand in its place.
+    """
+    own = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, dict(arguments))
+    with quiet(), torch.no_grad():
+        exported, example = _export(shadow, (own,), type(module).__name__)
+        if pytree.tree_structure(example) != pytree.tree_structure(own):
+            raise TraceError("it can be traced for plain numbers only where it is given a tensor")
+        if not functionalize(copy.deepcopy(exported.graph)):
+            exported = exported.run_decompositions({})
+    if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
+        raise TraceError("it changes a buffer or an input in place")
+    program = _program(module, exported, example, frozenset())
+    if next(iter(program.graph.find_nodes(op="get_attr")), None) is not None:
+        raise TraceError("its graph holds graphs")
+    return program
 
 
 def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
@@ -136,20 +178,65 @@ def _dynamic(value: Any) -> Any:
 
     if not isinstance(value, torch.Tensor):
         return None
-    return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if size > 1} or None
+    image = value.ndim >= 4 and value.is_floating_point() and value.shape[-3] > 1
+    axes = range(value.ndim - 3 if image else value.ndim)  # open heights and widths cost minutes in windowed attention
+    return {axis: Dim.AUTO for axis in axes if value.shape[axis] > 1} or None
 
 
-def _export(
-    shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str
-) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
+
+
+def _attempts(shadow: nn.Module, example: dict[str, Any]) -> Iterator[tuple[bool, Callable[[], Exported]]]:
+    """Yield the ways to export a model, by itself and by the library that it comes from: open sizes?, the call."""
+
+    def dynamic(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: pytree.tree_map(_dynamic, value) for name, value in inputs.items()}
+
+    def plainly(shapes: Any) -> Exported:
+        with _taking(shadow, tuple(example)):
+            return torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False), example
+
+    yield True, lambda: plainly(dynamic(example))
+    yield False, lambda: plainly(None)
+    if applies(shadow):
+        yield True, lambda: export_patched(shadow, example, dynamic)
+        yield False, lambda: export_patched(shadow, example, None)
+
+
+@contextmanager
+def _taking(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Let a module that takes ``**kwargs`` name what it is given: export cannot open sizes inside ``**kwargs``."""
+    if set(names) <= set(forward_parameters(module)[0]):
+        yield
+        return
+    forward, own = module.forward, vars(module).get("forward")
+
+    def named(**given: Any) -> Any:
+        return forward(**given)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    module.forward = named
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _export(shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str) -> Exported:
     first: Exception | None = None
     for candidate in candidates:
-        example = dict(candidate)
-        for shapes in (pytree.tree_map(_dynamic, example), None):
+        asks_data = False
+        for is_open, attempt in _attempts(shadow, dict(candidate)):
+            if asks_data and not is_open:
+                continue  # fixed sizes do not help where values are asked for
             try:
-                return torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False), example
+                return attempt()
             except Exception as error:  # noqa: BLE001 - export raises anything; the first error is reported below
                 first = first or error
+                asks_data = isinstance(error, GuardOnDataDependentSymNode)
     message = str(first).strip().splitlines()
     raise TraceError(
         f"{name} cannot be traced as a whole: {type(first).__name__}: {message[0] if message else ''} "
@@ -160,7 +247,6 @@ def _export(
 
 def _program(
     model: nn.Module,
-    shadow: nn.Module,
     exported: torch.export.ExportedProgram,
     example: dict[str, Any],
     filled: frozenset[str],
@@ -171,7 +257,7 @@ def _program(
     functionalize(graph)
     _spell_shapes(graph)
     graph.eliminate_dead_code()  # what nobody reads (averaged attention weights) must not tie what it is made of
-    tensors, aliases = _named_tensors(model)
+    tensors, aliases = named_once(model)
     tensor_of: dict[str, str] = {}
     inputs: list[str] = []
     constants: set[str] = set()
@@ -215,7 +301,7 @@ def _program(
         call,
         notes,
         constants=frozenset(constants),
-        transient=_transient(model),
+        transient=transient_names(model),
         ranges=ranges,
     )
 
@@ -228,7 +314,7 @@ def _renamed(before: fx.Graph, after: fx.Graph) -> dict[str, str]:
     }
 
 
-def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def named_once(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Name every parameter and buffer once; further names of the same tensor become aliases."""
     first: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -243,7 +329,7 @@ def _named_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
     return tensors, aliases
 
 
-def _transient(model: nn.Module) -> frozenset[str]:
+def transient_names(model: nn.Module) -> frozenset[str]:
     """Return the names of buffers that are not part of the state dict."""
     return frozenset(
         f"{path}.{name}" if path else name

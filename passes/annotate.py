@@ -21,6 +21,8 @@ ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._asse
               "aten.sym_constrain_range_for_size")  # fmt: skip
 POSITIONS = ("aten.arange", "aten.linspace", "aten.scalar_tensor", "aten.eye", "aten.tril_indices",
              "aten.triu_indices", "aten.bartlett_window", "aten.hann_window")  # fmt: skip
+REGION_INPUT = "an input of a region that is traced by itself"
+REGION_OUTPUT = "an output of a region that is traced by itself"
 
 MOST_KNOWN = 1 << 16
 """Largest constant of whole numbers that is followed through a graph."""
@@ -71,10 +73,11 @@ def annotate(program: Program) -> Labels:
     """
     walk = Walk()
     starts = _tensors(walk, program)
+    whole = not program.regions
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name not in program.tensor_of:
-                walk.values[node] = _input(walk, node)
+                walk.values[node] = _input(walk, node, f"input {node.name!r} of the model" if whole else REGION_INPUT)
             elif program.tensor_name(node) in program.constants:
                 _remember(walk, node, program.tensors[program.tensor_of[node.name]])
         elif node.op == "call_function":
@@ -82,7 +85,7 @@ def annotate(program: Program) -> Labels:
             _compute(walk, node)
             walk.values[node] = _apply(walk, node)
         elif node.op == "output":
-            label = walk.relations.pin_label("an output of the model", node.name)
+            label = walk.relations.pin_label("an output of the model" if whole else REGION_OUTPUT, node.name)
             for operand in walk.operands(node):
                 for labels in operand.labels:
                     walk.relations.pin(labels, label)
@@ -116,8 +119,9 @@ def _compute(walk: Walk, node: fx.Node) -> None:
         return
     if not isinstance(node.meta.get("val"), torch.Tensor) or node.meta["val"].is_floating_point():
         return
-    args, kwargs = fx.node.map_arg((node.args, {k: v for k, v in node.kwargs.items() if k != "device"}),
-                                   walk.known.__getitem__)  # fmt: skip
+    keywords = {name: value for name, value in node.kwargs.items() if name != "device"}
+    args: tuple[Any, ...] = fx.node.map_arg(node.args, walk.known.__getitem__)
+    kwargs: dict[str, Any] = fx.node.map_arg(keywords, walk.known.__getitem__)
     if operation(node) == "aten.to" and "device" in str(node.target):
         walk.known[node] = args[0].to(node.meta["val"].dtype)
         return
@@ -142,17 +146,21 @@ def _tensors(walk: Walk, program: Program) -> dict[tuple[str, int], int]:
                     starts[name, dim] = int(own[0])
                     labels.append(own.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]))
             made[name] = Value(tuple(tensor.shape), tuple(labels))
+            if labels and name in program.held:
+                pin = walk.relations.pin_label(f"its weight is {program.held[name]}", node.name)
+                for own in labels:
+                    walk.relations.pin(own, pin)
         walk.values[node] = made[name]
     return starts
 
 
-def _input(walk: Walk, node: fx.Node) -> Value | None:
+def _input(walk: Walk, node: fx.Node, reason: str) -> Value | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
     shape = tuple(hint(size) for size in value.shape)
     if value.is_floating_point() or value.is_complex():
-        return Value(shape, (), walk.relations.pin_label(f"input {node.name!r} of the model", node.name), True)
+        return Value(shape, (), walk.relations.pin_label(reason, node.name), True)
     return Value(shape, (), CONSTANT, True)
 
 

@@ -1,7 +1,8 @@
-"""Choose which units go: exact zeros first, then the lowest scores, the same number in every group."""
+"""Choose which units go: what does nothing first, then the lowest scores, the same number in every group."""
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from fxslim.errors import InputError, RequestError
+from fxslim.passes.foldable import Still
 from fxslim.plan import Note, Site, SitePlan
 
 FFN = ("ffn", "gated_ffn")
@@ -55,7 +57,7 @@ class Request:
 
     @property
     def lossless(self) -> bool:
-        """Tell whether nothing was asked for, so that only exact zeros go."""
+        """Tell whether nothing was asked for, so that only zeros and constants go."""
         return not any(getattr(self, name) for name in FRACTIONS)
 
     def asked(self) -> dict[str, float | int | str | tuple[str, ...]]:
@@ -74,7 +76,12 @@ class Choice:
 
 
 def choose(
-    sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], request: Request, *, refused: Sequence[Note] = ()
+    sites: Sequence[Site],
+    tensors: Mapping[str, torch.Tensor],
+    request: Request,
+    *,
+    refused: Sequence[Note] = (),
+    constant: Mapping[str, Still] | None = None,
 ) -> Choice:
     """Choose what goes at every selected site.
 
@@ -83,6 +90,7 @@ def choose(
         tensors: canonical tensor name -> tensor.
         request: what was asked for.
         refused: consumers whose channels have to stay, to be named where channels were asked for.
+        constant: site name -> which of its units are constant, where any are.
 
     Raises:
         RequestError: a glob matches nothing.
@@ -94,7 +102,15 @@ def choose(
         seen = measure(site, tensors)
         if not seen.real:
             notes.append(Note(where=site.name, reason="weights are on meta: units were chosen by number, not by score"))
-        gone, note = _lossless(site, seen.zero) if request.lossless else _requested(site, seen, request)
+        own = (constant or {}).get(site.name)
+        if own is not None:
+            seen = dataclasses.replace(seen, zero=seen.zero | (own.gone if request.lossless else own.zero))
+        kind = "zero" if own is None or (own.zero == own.gone).all() else "zero or constant"
+        gone, note = _lossless(site, seen.zero, kind) if request.lossless else _requested(site, seen, request)
+        if own is not None and request.lossless:
+            noun = {"attention": "heads", "generic": "units"}.get(site.kind, "channels")
+            notes.extend(Note(where=site.name, reason=f"{count} constant {noun} stay: {reason}")
+                         for reason, count in own.blocked(seen.zero).items())  # fmt: skip
         if note:
             notes.append(Note(where=site.name, reason=note))
         asked = bool(gone.any())
@@ -105,7 +121,8 @@ def choose(
             )
         if gone.any():
             keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
-            plans.append(SitePlan(site=site, keep=keep))
+            folds = own.folding(site, gone) if own is not None and request.lossless else ()
+            plans.append(SitePlan(site=site, keep=keep, folds=folds))
     notes.extend(_unmet(selected, request))
     if not request.lossless:
         notes.extend(refused)
@@ -221,14 +238,14 @@ def _members(site: Site) -> list[np.ndarray]:
     return [np.flatnonzero(groups == group) for group in range(site.group_count)]
 
 
-def _lossless(site: Site, zero: np.ndarray) -> tuple[np.ndarray, str]:
-    """Take out exact zeros: whole groups first, then as many per group as the group with the fewest has."""
+def _lossless(site: Site, zero: np.ndarray, kind: str) -> tuple[np.ndarray, str]:
+    """Take out what does nothing: whole groups first, then as many per group as the group with the fewest has."""
     gone = np.zeros(site.units, dtype=bool)
     if zero.all():
         zero = zero.copy()
         zero[_members(site)[0]] = False
         gone = zero if site.groups is not None else np.arange(site.units) > 0
-        return gone, "every unit is zero; one has to stay"
+        return gone, f"every unit is {kind}; one has to stay"
     if site.groups is None:
         return zero.copy(), ""
     rest = []
@@ -241,7 +258,7 @@ def _lossless(site: Site, zero: np.ndarray) -> tuple[np.ndarray, str]:
     for members in rest:
         gone[members[zero[members]][:fewest]] = True
     left = int((zero & ~gone).sum())
-    return gone, f"{left} zero heads stay: every group keeps the same number of heads" if left else ""
+    return gone, f"{left} {kind} heads stay: every group keeps the same number of heads" if left else ""
 
 
 def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray, str]:
@@ -253,11 +270,11 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
         short = request.ffn and not gone.any()
         return gone, f"ffn={request.ffn} of {site.units} channels is less than one" if short else ""
     if _of_values(site):
-        members = _members(site)
-        for own in members:
+        every = _members(site)
+        for own in every:
             gone[_lowest(own, zero, scores)[: _count(request.value, len(own))]] = True
         short = request.value and not gone.any()
-        return gone, f"value={request.value} of {len(members[0])} channels is less than one" if short else ""
+        return gone, f"value={request.value} of {len(every[0])} channels is less than one" if short else ""
     if site.kind != "attention":
         return gone, "no pattern names this site, so neither ffn= nor heads= reaches it"
     note = ""

@@ -77,7 +77,7 @@ class Edits:
 def find_edits(
     model: nn.Module,
     plan: Plan,
-    sizes: Mapping[str, Mapping[int, frozenset[int]]],
+    sizes: Sizes,
     watches: Mapping[str, Watch],
 ) -> Edits:
     """Find the integer edits that a plan needs.
@@ -91,29 +91,68 @@ def find_edits(
     """
     found: list[AnyEdit] = []
     stuck: list[str] = []
-    known: dict[Looks, tuple[Edited, ...]] = {}
+    known: dict[Looks, tuple[tuple[Edited, ...], frozenset[int]]] = {}
     for path, parts in holders(model, plan).items():
-        merged: dict[int, frozenset[int]] = {}
-        for part in parts:
-            for old, new in sizes.get(part.site.name, {}).items():
-                merged[old] = merged.get(old, frozenset()) | new
         heads = head_edits(model, plan, parts)
         found.extend(heads or ())
         if is_narrowable(model.get_submodule(path)):  # nothing else in there holds a size
             stuck.extend(part.site.name for part in parts if heads is None)
             continue
         looks = _looks(model, path, parts)
+        alike, left = known.get(looks, ((), frozenset()))
         if path not in watches:
-            found.extend(_likewise(model, path, parts, known[looks], merged))
+            found.extend(_likewise(model, path, parts, alike, _merged(sizes, parts)))
+            stuck.extend(part.site.name for i, part in enumerate(parts) if i in left)
             continue
         so_far = plan.model_copy(update={"edits": tuple(found), "zeroed": tuple(stuck)})
-        edits = _Trial(model, so_far, path, parts, watches[path], merged).search(known.get(looks, ()))
-        if edits is None:
-            stuck.extend(part.site.name for part in parts)
+        edits, kept = _most(model, so_far, path, parts, watches[path], sizes, alike)
+        if not kept:
             found = [edit for edit in found if edit not in (heads or ())]
-        known[looks] = tuple((e.module[len(path) :], e) for e in edits or ())
-        found.extend(edits or ())
+        stuck.extend(part.site.name for part in parts if part not in kept)
+        own = tuple((e.module[len(path) :], e) for e in edits)
+        known[looks] = own, frozenset(i for i, part in enumerate(parts) if part not in kept)
+        found.extend(edits)
     return Edits(tuple(found), tuple(stuck))
+
+
+Sizes = Mapping[str, Mapping[int, frozenset[int]]]
+"""Site name -> old size -> new sizes."""
+
+
+def _merged(sizes: Sizes, parts: Sequence[SitePlan]) -> dict[int, frozenset[int]]:
+    merged: dict[int, frozenset[int]] = {}
+    for part in parts:
+        for old, new in sizes.get(part.site.name, {}).items():
+            merged[old] = merged.get(old, frozenset()) | new
+    return merged
+
+
+def _most(
+    model: nn.Module,
+    plan: Plan,
+    path: str,
+    parts: list[SitePlan],
+    seen: Watch,
+    sizes: Sizes,
+    known: Sequence[Edited],
+) -> tuple[tuple[AnyEdit, ...], list[SitePlan]]:
+    """Return edits for all sites of a module, or for as many as can go together, one after the other."""
+
+    def search(kept: list[SitePlan]) -> tuple[AnyEdit, ...] | None:
+        rest = tuple(part.site.name for part in parts if part not in kept)
+        trial = plan.model_copy(update={"zeroed": (*plan.zeroed, *rest)})
+        return _Trial(model, trial, path, kept, seen, _merged(sizes, kept)).search(known)
+
+    edits = search(parts)
+    if edits is not None or len(parts) == 1:
+        return edits or (), parts if edits is not None else []
+    best: tuple[AnyEdit, ...] = ()
+    kept: list[SitePlan] = []
+    for part in parts:
+        more = search([*kept, part])
+        if more is not None:
+            best, kept = more, [*kept, part]
+    return best, kept
 
 
 def holders(model: nn.Module, plan: Plan) -> dict[str, list[SitePlan]]:
@@ -308,7 +347,7 @@ class _Trial:
         self.path = path
         self.seen = seen
         self.candidates = [*_integers(seen, sizes), *_gathers(model.get_submodule(path), path, parts, seen)]
-        self.narrowed = _narrowed_part(model, plan, path)
+        self.narrowed = _narrowed_part(model, plan, path, parts)
 
     def search(self, known: Sequence[Edited]) -> tuple[AnyEdit, ...] | None:
         """Return the smallest set of edits under which the module computes what the masked one does."""
@@ -415,17 +454,25 @@ def _gathers(module: nn.Module, path: str, parts: Sequence[SitePlan], seen: Watc
     return list(made.values())
 
 
-def _narrowed_part(model: nn.Module, plan: Plan, path: str) -> nn.Module:
-    """Return a narrowed copy of one module, with everything inside it that the plan narrows so far."""
+def _narrowed_part(model: nn.Module, plan: Plan, path: str, parts: Sequence[SitePlan]) -> nn.Module:
+    """Return a copy of one module, narrowed at its own sites and at those that lie inside it."""
     prefix = f"{path}." if path else ""
     own = []
     for part in plan.sites:
+        if (
+            part not in parts
+            and part.site.name not in plan.zeroed
+            and not all(piece.tensor.startswith(prefix) for piece in part.site.slices)
+        ):
+            continue  # it would change the module's results
         slices = tuple(
             piece.model_copy(update={"tensor": piece.tensor[len(prefix) :]})
             for piece in part.site.slices
             if piece.tensor.startswith(prefix)
         )
-        own.append(part.model_copy(update={"site": part.site.model_copy(update={"slices": slices})}))
+        folds = tuple(fold for fold in (fold.inside(path) for fold in part.folds) if fold is not None)
+        site = part.site.model_copy(update={"slices": slices})
+        own.append(part.model_copy(update={"site": site, "folds": folds}))
     edits = tuple(
         edit.model_copy(update={"module": edit.module[len(prefix) :]})
         for edit in plan.edits

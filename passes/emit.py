@@ -6,7 +6,7 @@ import builtins
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ class Caller:
             like = self._like(name, traced, given)
             return [torch.ones(like.shape[: traced.ndim], dtype=traced.dtype, device=like.device)]
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(traced)):
-            if value is not traced and value != traced:
+            if value is not traced and _plain(value) != _plain(traced):
                 raise InputError(f"{self.name} was compiled with {name}={traced!r}; it cannot take {value!r}.")
             return pytree.tree_leaves(traced)
         if isinstance(traced, torch.Tensor) and not isinstance(value, torch.Tensor):
@@ -131,6 +131,13 @@ class Caller:
     def result(self, leaves: Any) -> Any:
         """Return the results as the model returns them."""
         return pytree.tree_unflatten(list(leaves), self.call.out_spec)
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers in lists: a tensor that was traced as plain numbers may be given as either."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _writable(default: Any) -> bool:
@@ -228,7 +235,7 @@ def emit(
         following: what follows the dtype when the graph is cast.
     """
     _strip_assertions(graph)
-    _follow_device(graph, program)
+    follow_device(graph, [node for node in graph.find_nodes(op="placeholder") if node.name in program.inputs])
     tensors = {name: _own(tensor, program.tensors.get(name)) for name, tensor in tensors.items()}
     root = nn.Module()
     for tensor_name, tensor in tensors.items():
@@ -266,10 +273,9 @@ def _strip_assertions(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _follow_device(graph: fx.Graph, program: Program) -> None:
-    """Let every baked device follow the first input, so that the module can move."""
-    anchor = next((node for node in graph.nodes if node.op == "placeholder" and node.name in program.inputs
-                   and isinstance(node.meta.get("val"), torch.Tensor)), None)  # fmt: skip
+def follow_device(graph: fx.Graph, inputs: Iterable[fx.Node]) -> None:
+    """Let every baked device follow the first input that is a tensor, so that the module can move."""
+    anchor = next((node for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)), None)
     if anchor is None:
         return
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]

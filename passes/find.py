@@ -17,6 +17,7 @@ from fxslim.labels import Value, axes_of
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
+from fxslim.passes.rules.contraction import COPIES, PICKS
 from fxslim.passes.rules.movement import MOVES
 from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
@@ -193,7 +194,6 @@ class _Search:
         members = np.concatenate([leaves, np.array(list(above), dtype=np.int64)])
         levels = [scored] if scored is not None else []
         levels += [whole, *partitions]
-        grids = self._grids(leaves, above) if scored is None else []
         reason = heads = ""
         for level in levels:
             if int(level.max()) < 1:
@@ -203,20 +203,38 @@ class _Search:
                 continue
             if not any((piece.tensor, piece.dim) in self.outgoing for piece in slices):
                 return reason  # the channels of an input or of a table: nothing produces them
-            coarser = [p for p in (*partitions, *grids) if _refines(level, p) and 1 <= int(p.max()) < int(level.max())]
             if scored is not None and level is not scored and not np.array_equal(level, whole):
                 continue
-            for groups in [None, *coarser]:
-                failure = self._fails(leaves, members, level, groups)
-                if failure is None:
-                    unit_groups = None if groups is None else tuple(int(groups[level == u][0]) for u in
-                                                                     range(int(level.max()) + 1))  # fmt: skip
-                    refused = "" if level is scored else heads or self._tied_heads(leaves)
-                    return Family(leaves, members, level, unit_groups, slices, level is scored, refused)
-                reason = failure
+            found = self._constraint(leaves, members, level, partitions, above)
+            if not isinstance(found, str):
+                refused = "" if level is scored else heads or self._tied_heads(leaves)
+                return Family(leaves, members, level, found, slices, level is scored, refused)
+            reason = found
             if level is scored:
                 heads = reason
         return reason or "its channels all go together"
+
+    def _constraint(
+        self,
+        leaves: np.ndarray,
+        members: np.ndarray,
+        level: np.ndarray,
+        partitions: list[np.ndarray],
+        above: dict[int, np.ndarray],
+    ) -> tuple[int, ...] | str | None:
+        """Return the groups in which equally many units go, None where any may, or why not even that passes."""
+        reason = self._fails(leaves, members, level, None)
+        if reason is None:
+            return None
+        for i, candidates in enumerate((partitions, None)):
+            for groups in self._grids(leaves, above) if candidates is None else candidates:
+                if not _refines(level, groups) or not 1 <= int(groups.max()) < int(level.max()):
+                    continue
+                failure = self._fails(leaves, members, level, groups)
+                if failure is None:
+                    return tuple(int(groups[level == unit][0]) for unit in range(int(level.max()) + 1))
+                reason = failure if i == 0 else reason
+        return reason
 
     def _partitions(self, above: dict[int, np.ndarray], count: int) -> list[np.ndarray]:
         """Return the ways in which components above split a family into disjoint parts that cover it."""
@@ -429,15 +447,13 @@ class _Search:
 
 
 def _moved_tensor(program: Program, node: fx.Node | None) -> bool:
-    """Tell whether a value is one tensor of the model, at most moved or cast."""
+    """Tell whether a value is one tensor of the model, at most moved, cast, or entries of it picked by data."""
     while node is not None and node.op == "call_function":
-        if operation(node) not in (*MOVES, *COPIES) or len(node.all_input_nodes) != 1:
+        moved = operation(node) in (*MOVES, *COPIES) and len(node.all_input_nodes) == 1
+        if not moved and operation(node) not in PICKS:
             return False
         node = node.all_input_nodes[0]
     return node is not None and program.tensor_name(node) is not None
-
-
-COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias")
 
 
 def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:

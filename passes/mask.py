@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fxslim.errors import PlanError
+from fxslim.passes.fold import fills, folded
 from fxslim.passes.narrow import check_fits
-from fxslim.plan import Plan
+from fxslim.plan import Plan, SitePlan
 from fxslim.program import named_tensors
 
 
@@ -20,12 +21,15 @@ from fxslim.program import named_tensors
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Mask the consumers' inputs of every site while the context is open; afterwards the model is as before.
 
-    Where a consumer's weight is not read by its own module's call, its columns are zeroed for the time being instead.
+    What goes is masked at zero, and where the plan folds a constant, at that. Where a consumer's weight is not read by
+    its own module's call, its columns are zeroed for the time being instead, and its bias takes up the constants.
     """
     computed = _computed(model, plan)
     check_fits(model, plan, computed)
     hooked, columns = _places(plan)
-    for name, _ in columns:
+    constants = fills(plan.sites)
+    unhooked = [_unhooked(part, columns) for part in plan.sites]
+    for name in [*(name for name, _ in columns), *(fold.bias for part in unhooked for fold in part.folds)]:
         if name in computed:
             raise PlanError(
                 f"{name} is computed at every call (pruned or parametrized) and has to be masked itself; make it "
@@ -35,10 +39,14 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     tensors = named_tensors(model)
     try:
-        for path, gone in hooked.items():
+        for path, (key, gone) in hooked.items():
             module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(_mask_input(gone), with_kwargs=True))
+            hook = _mask_input(gone, constants.get(key))
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         with torch.no_grad():
+            for name, bias in folded(tensors, unhooked).items():
+                saved.append((tensors[name], tensors[name].detach().clone()))
+                tensors[name].data.copy_(bias)
             for (name, dim), gone in columns.items():
                 tensor = tensors[name]
                 saved.append((tensor, tensor.detach().clone()))
@@ -57,54 +65,68 @@ def _computed(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     known = named_tensors(model)
     found: dict[str, torch.Tensor] = {}
     for part in plan.sites:
-        for piece in part.site.slices:
-            path, _, leaf = piece.tensor.rpartition(".")
-            if piece.tensor in known:
+        for name in [*(piece.tensor for piece in part.site.slices), *(fold.bias for fold in part.folds)]:
+            path, _, leaf = name.rpartition(".")
+            if name in known:
                 continue
             try:
                 value = getattr(model.get_submodule(path), leaf)
             except AttributeError:
                 continue  # the check names it
             if isinstance(value, torch.Tensor):
-                found[piece.tensor] = value
+                found[name] = value
     return found
 
 
-def _places(plan: Plan) -> tuple[dict[str, np.ndarray], dict[tuple[str, int], np.ndarray]]:
-    """Return which input coordinates of which modules, and which columns of which tensors, are masked."""
-    hooked: dict[str, np.ndarray] = {}
+def _places(
+    plan: Plan,
+) -> tuple[dict[str, tuple[tuple[str, int], np.ndarray]], dict[tuple[str, int], np.ndarray]]:
+    """Return which input coordinates of which modules, and which columns of which tensors, are masked.
+
+    A module comes with the tensor dimension that its input meets.
+    """
+    hooked: dict[str, tuple[tuple[str, int], np.ndarray]] = {}
     columns: dict[tuple[str, int], np.ndarray] = {}
     for part in plan.sites:
         for piece in part.site.slices:
             if piece.role != "in":
                 continue
             gone = piece.removed(part.gone)
+            key = (piece.tensor, piece.dim)
             if piece.hook is not None:
-                hooked[piece.hook] = hooked[piece.hook] | gone if piece.hook in hooked else gone
+                hooked[piece.hook] = (key, hooked[piece.hook][1] | gone if piece.hook in hooked else gone)
             else:
-                key = (piece.tensor, piece.dim)
                 columns[key] = columns[key] | gone if key in columns else gone
     return hooked, columns
 
 
-def _mask_input(gone: np.ndarray) -> Any:
+def _unhooked(part: SitePlan, columns: Mapping[tuple[str, int], np.ndarray]) -> SitePlan:
+    """Return a site's plan with those folds alone whose consumers are masked by their columns."""
+    folds = tuple(fold for fold in part.folds if (fold.tensor, fold.dim) in columns)
+    return part.model_copy(update={"folds": folds})
+
+
+def _mask_input(gone: np.ndarray, constant: np.ndarray | None) -> Any:
     mask = torch.from_numpy(gone)
+    held = torch.from_numpy(constant) if constant is not None else None
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
-            return (_fill(args[0], mask, module), *args[1:]), kwargs
+            return (_fill(args[0], mask, held, module), *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: _fill(kwargs[name], mask, module)}
+        return args, {**kwargs, name: _fill(kwargs[name], mask, held, module)}
 
     return hook
 
 
-def _fill(value: torch.Tensor, mask: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def _fill(value: torch.Tensor, mask: torch.Tensor, held: torch.Tensor | None, module: nn.Module) -> torch.Tensor:
     if value.is_nested:  # rows of different lengths, as torch's encoder packs them
-        return torch.nested.as_nested_tensor([_fill(row, mask, module) for row in value.unbind()])
+        return torch.nested.as_nested_tensor([_fill(row, mask, held, module) for row in value.unbind()])
     if value.shape[-1] != mask.shape[0]:
         raise PlanError(
             f"the input of {type(module).__name__} has {value.shape[-1]} channels, the plan masks {mask.shape[0]}: "
             "the plan was made for another model, or is already applied."
         )
-    return value.masked_fill(mask.to(value.device), 0)
+    if held is None:
+        return value.masked_fill(mask.to(value.device), 0)
+    return torch.where(mask.to(value.device), held.to(value), value)

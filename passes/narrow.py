@@ -14,6 +14,7 @@ from fxslim.errors import PlanError
 from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay
+from fxslim.passes.fold import check_fold, folded
 from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit, Plan, SitePlan
 from fxslim.program import forward_parameters, named_tensors
 
@@ -83,6 +84,8 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
                     f"the plan expects {piece.tensor} to have {piece.size} rows in dimension {piece.dim}, but its "
                     f"shape is {tuple(tensor.shape)}: it was made for another model, or is already applied."
                 )
+        for fold in part.folds:
+            check_fold(tensors, fold)
     for edit in plan.edits:
         try:
             owner: Any = module.get_submodule(edit.module)
@@ -121,7 +124,7 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
 
 def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
     """Return the tensors that a plan changes, with rows taken out (or zeroed for sites that stay in place)."""
-    changed: dict[str, torch.Tensor] = {}
+    changed = folded(tensors, plan.sites)
     zeroed = set(plan.zeroed)
     narrow = plan.model_copy(update={"sites": tuple(part for part in plan.sites if part.site.name not in zeroed)})
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxslim.overlay import underlying
-from fxslim.passes.training import repeatable, training
+from fxslim.passes.training import drawing, repeatable, training
 from fxslim.program import forward_parameters
 
 NEW_TOKENS = 3
@@ -43,8 +43,11 @@ class Path:
     training: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
-        """Return the tensors that the model returns along this path; it gets inputs that it may write into."""
-        with self.mode(model):
+        """Return the tensors that the model returns along this path.
+
+        It gets inputs that it may write into, and draws the same numbers every time.
+        """
+        with self.mode(model), drawing(model):
             return self._call(model)
 
     def mode(self, model: nn.Module) -> AbstractContextManager[None]:

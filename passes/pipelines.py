@@ -11,19 +11,22 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
-from fxslim.errors import PlanError, UnsupportedModelError
+from fxslim.errors import PlanError, TraceError, UnsupportedModelError
 from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
+from fxslim.passes.constants import constants
 from fxslim.passes.cut import Cut, closed
 from fxslim.passes.edits import Watch, find_edits, to_watch, watching
 from fxslim.passes.emit import emit
 from fxslim.passes.find import Found, find
+from fxslim.passes.foldable import still
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
 from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
+from fxslim.passes.regional import emit_regions, is_regional, leads_as_traced
 from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
 from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices
@@ -31,6 +34,7 @@ from fxslim.passes.verify import Reference, compare, refer
 from fxslim.pipeline import Facts, Pass, Pipeline
 from fxslim.plan import Note, Plan, SitePlan
 from fxslim.program import Program
+from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
 from fxslim.trace import share, trace
 
@@ -67,7 +71,10 @@ def subject(model: nn.Module, example_inputs: Any) -> Subject:
 
 @dataclass(frozen=True)
 class Trace:
-    """Trace the model. Ensures: a functional graph, shared tensors, open batch and length where possible."""
+    """Trace the model. Ensures: a functional graph, shared tensors, open batch and length where possible.
+
+    A model that cannot be traced as a whole gives the graphs of its regions, side by side.
+    """
 
     requires: ClassVar[tuple[type, ...]] = (Subject,)
     ensures: ClassVar[tuple[type, ...]] = (Program,)
@@ -76,7 +83,12 @@ class Trace:
         """Trace."""
         what = facts.get(Subject)
         filled = MASKS if what.example_inputs is None else frozenset()
-        return facts.adding(trace(what.model, *bind(what.model, what.example_inputs), filled=filled))
+        candidates = bind(what.model, what.example_inputs)
+        try:
+            return facts.adding(trace(what.model, *candidates, filled=filled))
+        except TraceError as error:
+            whole = error
+        return facts.adding(trace_regions(what.model, *candidates, whole=whole, filled=filled))
 
 
 @dataclass(frozen=True)
@@ -136,15 +148,14 @@ class Choose:
 
     request: Request
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Sites)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites)
     ensures: ClassVar[tuple[type, ...]] = (Plan,)
 
     def run(self, facts: Facts) -> Facts:
         """Choose."""
-        model = facts.get(Subject).model
-        choice: Choice = choose(
-            facts.get(Sites).sites, facts.get(Program).tensors, self.request, refused=facts.get(Sites).refused
-        )
+        model, program, sites = facts.get(Subject).model, facts.get(Program), facts.get(Sites)
+        constant = still(program, facts.get(Labels), constants(program, model), sites.sites)
+        choice: Choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused, constant=constant)
         return facts.adding(new_plan(model, choice, self.request))
 
 
@@ -233,6 +244,33 @@ class References:
 
 
 @dataclass(frozen=True)
+class Vary:
+    """How far the inputs of the verification are from the example's.
+
+    Attributes:
+        name: what to call the last path.
+        batch: another batch, or None.
+        length: another length, or None.
+        one: the batch of the last path, or None.
+        integers: whether integers change.
+    """
+
+    name: str
+    batch: int | None = None
+    length: int | None = None
+    one: int | None = None
+    integers: bool = True
+
+
+VARY = (
+    Vary("batch of one", BATCH + 1, LENGTH + 2, 1),
+    Vary("other values"),
+    Vary("other numbers", integers=False),
+)
+"""From the furthest to the nearest: the first that the model takes is what it is verified on."""
+
+
+@dataclass(frozen=True)
 class Refer:
     """Run the masked dense model. Ensures: results on inputs that were not used for tracing, in other sizes.
 
@@ -258,32 +296,40 @@ class Refer:
             )
         modules = () if self.graph else to_watch(model, plan, thorough=self.thorough)
         made = None
-        for sizes, tokens in ((True, True), (False, True)):
+        for vary in VARY:
             try:
-                made = self._refer(program, model, plan, modules, sizes=sizes, tokens=tokens)
+                ways = self._ways(program, model, vary)
+                made = self._refer(model, plan, modules, ways)
                 break
-            except Exception:  # noqa: BLE001 - a model may refuse other sizes or tokens for reasons of its own
-                continue
-        made = made or self._refer(program, model, plan, modules, sizes=False, tokens=False)
+            except Exception:  # a model may refuse other inputs for reasons of its own
+                if vary is VARY[-1]:
+                    raise
+        assert made is not None
         if self.lossless and plan.sites:
-            compare(model, model, plan, made.references[:1])
+            folds = any(part.folds for part in plan)  # what is constant on one path may not be on another
+            compare(model, model, plan, made.references if folds else made.references[:1])
         return facts.adding(made)
 
-    def _refer(
-        self, program: Program, model: nn.Module, plan: Plan, modules: tuple[str, ...], *, sizes: bool, tokens: bool
-    ) -> References:
-        batch, length, one = (BATCH + 1, LENGTH + 2, 1) if sizes else (None, None, None)
-        varied = fresh(program, seed=1, batch=batch, length=length, tokens=tokens)
+    def _refer(self, model: nn.Module, plan: Plan, modules: tuple[str, ...], ways: tuple[Path, ...]) -> References:
+        watches = {path: Watch() for path in modules}
+        return References(refer(model, plan, ways, around=lambda way: watching(model, watches, way)), watches)
+
+    def _ways(self, program: Program, model: nn.Module, vary: Vary) -> tuple[Path, ...]:
+        """Return the paths to run; those that a graph cannot take are left out."""
+        varied = fresh(program, seed=1, batch=vary.batch, length=vary.length, integers=vary.integers)
+        other = fresh(program, seed=2, batch=vary.one, integers=vary.integers)
         ways = (
             *paths(model, varied, filled=program.call.filled, given=program.call.example, train=not self.graph),
-            Path("batch of one" if sizes else "other values", fresh(program, seed=2, batch=one, tokens=tokens)),
+            Path(vary.name, other),
         )
-        watches = {path: Watch() for path in modules}
-        return References(
-            refer(model, plan, graph_paths(ways) if self.graph else ways, around=lambda way:
-                  watching(model, watches, way)),
-            watches,
-        )  # fmt: skip
+        if program.regions:  # other values may lead past them
+            ways = (*ways, Path("as traced", dict(program.call.example)))
+        if not self.graph:
+            return ways
+        ways = graph_paths(ways)
+        if not program.regions:
+            return ways
+        return tuple(way for way in ways if leads_as_traced(model, program, way))
 
 
 @dataclass(frozen=True)
@@ -342,17 +388,23 @@ class Follow:
 
 @dataclass(frozen=True)
 class NarrowGraph:
-    """Rewrite the graph and emit it. Ensures: a GraphModule with the model's names and signature."""
+    """Rewrite the graph and emit it. Ensures: a GraphModule with the model's names and signature.
+
+    Of a model that is traced in regions: a copy of the module itself, with a graph in the place of each region.
+    """
 
     narrow: bool = True
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Cut, Following)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Plan, Cut, Following)
     ensures: ClassVar[tuple[type, ...]] = (Narrowed,)
 
     def run(self, facts: Facts) -> Facts:
         """Narrow, or insert masks."""
-        program, cut = facts.get(Program), facts.get(Cut)
-        made = rewrite(program, cut) if self.narrow else insert_masks(program, facts.get(Labels), cut)
+        program, cut, parts = facts.get(Program), facts.get(Cut), facts.get(Plan).sites
+        made = rewrite(program, cut, parts) if self.narrow else insert_masks(program, facts.get(Labels), cut, parts)
+        if program.regions:
+            plan = facts.get(Plan) if self.narrow else facts.get(Plan).model_copy(update={"sites": ()})
+            return facts.adding(Narrowed(emit_regions(facts.get(Subject).model, program, made, plan)))
         name = type(facts.get(Subject).original).__name__
         following = facts.get(Following)
         return facts.adding(Narrowed(emit(program, made.graph, made.tensors, name=name, following=following)))
@@ -388,7 +440,10 @@ class Account:
         """Count."""
         program, plan = facts.get(Program), facts.get(Plan)
         before = macs(program.graph)
-        notes = [Note(where="graph", reason=note) for note in program.notes]
+        notes = [*region_notes(program), *(Note(where="graph", reason=note) for note in program.notes)]
+        if is_regional(facts.get(Narrowed).module):
+            reason = "the model's own module, with a graph in the place of each region's forward; for inference"
+            notes.insert(0, Note(where="graph form", reason=reason))
         if before.uncounted:
             notes.append(Note(where="MACs", reason=f"not counted: {', '.join(before.uncounted)}"))
         return facts.adding(

@@ -192,11 +192,13 @@ def take(tensor: torch.Tensor, axis: int, places: tuple[int, ...]) -> torch.Tens
 
 def _places(cut: Cut, source: Value, axis: int, chosen: list[int]) -> tuple[int, ...]:
     """Return where chosen coordinates of an axis lie after a cut; what went is left out."""
-    kept = cut.positions(source, axis)
-    if kept is None:
-        raise NarrowError("coordinates are chosen on an axis on which different ones stay")
-    place = {position: i for i, position in enumerate(kept.tolist())}
-    return tuple(place[position] for position in chosen if position in place)
+    places: list[int] = []
+    for position in chosen:
+        first, last = cut.before(source, axis, position), cut.before(source, axis, position + 1)
+        if first is None or last is None:
+            raise NarrowError("coordinates are chosen on an axis on which different ones stay")
+        places.extend(range(first, last))
+    return tuple(places)
 
 
 @_for("aten.index", "aten.index_select")
@@ -219,7 +221,7 @@ def _picks(node: fx.Node) -> dict[int, fx.Node]:
     """Return axis -> index of a node that indexes."""
     if operation(node) == "aten.index_select":
         return {int(concrete(node.args[1])): node.args[2]}  # type: ignore[dict-item]
-    return {axis: index for axis, index in enumerate(node.args[1]) if index is not None}  # type: ignore[arg-type,misc]
+    return {axis: index for axis, index in enumerate(node.args[1]) if index is not None}  # type: ignore[arg-type]
 
 
 @_for("aten.slice_scatter", "aten.select_scatter")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -14,8 +15,10 @@ from fxslim.errors import NarrowError
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
+from fxslim.passes.fold import fills, folded
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
-from fxslim.passes.rules.walk import parameter
+from fxslim.passes.rules.walk import Use, parameter
+from fxslim.plan import SitePlan
 from fxslim.program import Program, is_symbolic
 
 aten = torch.ops.aten
@@ -30,14 +33,20 @@ class Rewritten:
     twin: Mapping[fx.Node, fx.Node]
 
 
-def rewrite(program: Program, cut: Cut) -> Rewritten:
+def rewrite(program: Program, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewritten:
     """Return the graph with what a cut removes taken out; the program is not changed.
+
+    Args:
+        program: the program.
+        cut: what goes.
+        parts: what that is at the sites; their constants are folded into biases.
 
     Raises:
         NarrowError: an operation cannot be rewritten for this cut.
     """
     graph, twin = copied(program)
-    tensors = {name: narrowed(program, cut, name, tensor) for name, tensor in program.tensors.items()}
+    dense = dict(program.tensors) | folded(program.tensors, parts)
+    tensors = {name: narrowed(program, cut, name, tensor) for name, tensor in dense.items()}
     for old in program.graph.nodes:
         if old.op != "call_function" or old.target is operator.getitem:
             continue
@@ -231,38 +240,68 @@ def _annotate_shape(old: fx.Node, new: fx.Node, cut: Cut) -> None:
         )
 
 
-def insert_masks(program: Program, labels: Labels, cut: Cut) -> Rewritten:
-    """Return the graph with masks on the consumers' inputs instead of anything taken out."""
+def insert_masks(program: Program, labels: Labels, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewritten:
+    """Return the graph with masks on the consumers' inputs instead of anything taken out.
+
+    Where the sites' plans fold a constant, the mask is that constant instead of zero.
+    """
     graph, twin = copied(program)
     tensors = dict(program.tensors)
     masks: dict[bytes, fx.Node] = {}
+    held = _constants(labels, parts)
     first = next(iter(graph.nodes))
+
+    def buffer(name: str, values: torch.Tensor, trailing: int, before: fx.Node) -> fx.Node:
+        """Return a tensor of the graph's own, with axes of size 1 behind."""
+        key = str(values.dtype).encode() + values.numpy().tobytes()
+        if key not in masks:
+            full = f"fxslim_{name}_{len(masks)}"
+            tensors[full] = values
+            with graph.inserting_before(first):
+                masks[key] = graph.get_attr(full)
+            masks[key].meta["val"] = values
+        if not trailing:
+            return masks[key]
+        with graph.inserting_before(before):
+            spread = graph.call_function(aten.reshape.default, (masks[key], [-1, *([1] * trailing)]))
+        spread.meta["val"] = values.reshape(-1, *([1] * trailing))
+        return spread
+
     for use in labels.contracted:
         gone = torch.from_numpy(cut.removed[labels.components.of[use.labels.numpy()]])
         if not bool(gone.any()):
             continue
         if use.activation is None or use.axis is None:
             raise NarrowError(f"no place for a mask at {use.node.name} ({operation(use.node)})")
-        key = gone.numpy().tobytes()
-        if key not in masks:
-            name = f"fxslim_mask_{len(masks)}"
-            tensors[name] = gone
-            with graph.inserting_before(first):
-                masks[key] = graph.get_attr(name)
-            masks[key].meta["val"] = gone
         new = twin[use.node]
         value = use.activation.meta["val"]
         trailing = value.ndim - 1 - use.axis % value.ndim
         source = next(node for node in new.all_input_nodes if node.name == use.activation.name)
+        mask = buffer("mask", gone, trailing, new)
+        constant = held(use)
+        call: tuple[Any, tuple[Any, ...]] = (aten.masked_fill.Scalar, (source, mask, 0))
+        if constant.any():
+            call = (aten.where.self, (mask, buffer("constant", constant.to(value.dtype), trailing, new), source))
         with graph.inserting_before(new):
-            mask = masks[key]
-            if trailing:
-                mask = graph.call_function(aten.reshape.default, (mask, [-1, *([1] * trailing)]))
-                mask.meta["val"] = gone.reshape(-1, *([1] * trailing))
-            masked = graph.call_function(aten.masked_fill.Scalar, (source, mask, 0))
+            masked = graph.call_function(*call)
         masked.meta["val"] = value
         new.replace_input_with(source, masked)
     return Rewritten(graph, tensors, twin)
+
+
+def _constants(labels: Labels, parts: Sequence[SitePlan]) -> Callable[[Use], torch.Tensor]:
+    """Return what plans fold of the coordinates that a product sums over: use -> (coordinates,), zero for nothing."""
+    ranges = [(labels.starts[key], values) for key, values in fills(parts).items()]
+
+    def of(use: Use) -> torch.Tensor:
+        own = use.labels.numpy()
+        constant = np.zeros(len(own))
+        for start, values in ranges:
+            inside = (own >= start) & (own < start + len(values))
+            constant[inside] = values[own[inside] - start]
+        return torch.from_numpy(constant)
+
+    return of
 
 
 def example_macs_graph(program: Program, cut: Cut) -> fx.Graph:

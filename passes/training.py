@@ -73,15 +73,15 @@ class _NoWrites(TorchDispatchMode):
 
 
 @contextmanager
-def training(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
-    """Run in training mode, without its randomness; modes, buffers and random states are put back."""
+def training(model: nn.Module) -> Iterator[None]:
+    """Run in training mode and drop nothing; modes and buffers are put back."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module._buffers, dict(module._buffers)) for module, _ in modes]
     values = {id(t): (t, t.detach().clone()) for _, table in buffers for t in table.values() if t is not None}
     try:
         for module, _ in modes:
             module.training = True
-        with _seeded(model, seed), _NoDropout():  # type: ignore[no-untyped-call]
+        with _NoDropout():  # type: ignore[no-untyped-call]
             yield
     finally:
         for module, mode in modes:
@@ -94,10 +94,10 @@ def training(model: nn.Module, *, seed: int = SEED) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+def drawing(model: nn.Module, seed: int = SEED) -> Iterator[None]:
+    """Let a model draw the same numbers every time, and put every generator back."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=_devices(model)):
         try:
             torch.manual_seed(seed)
             np.random.seed(seed)
@@ -109,7 +109,7 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def repeatable(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]]) -> bool:
-    """Tell whether a model can be run in training mode, and returns the same for any random numbers.
+    """Tell whether a model can be run in training mode, and returns the same whatever it draws.
 
     Args:
         model: the dense model.
@@ -117,24 +117,26 @@ def repeatable(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]])
     """
     try:
         with _NoWrites(model):  # type: ignore[no-untyped-call]
-            with training(model):
-                before = _random_state(model)
+            with training(model), drawing(model):
+                before = _drawn(model)
                 first = run(model)
-                untouched = _random_state(model) == before
-            if untouched:
-                return bool(first)
-            with training(model, seed=SEED + 1):
+                if _drawn(model) == before:
+                    return bool(first)
+            with training(model), drawing(model, SEED + 1):
                 second = run(model)
-    except Exception:  # noqa: BLE001 - a model may want anything in training mode: targets, several devices, larger batches
+    except Exception:  # noqa: BLE001 - training may need targets, larger batches, anything
         return False
     pairs = zip(first, second, strict=False)
     same = all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
     return bool(first) and len(first) == len(second) and same
 
 
-def _random_state(model: nn.Module) -> tuple[Any, ...]:
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _drawn(model: nn.Module) -> tuple[Any, ...]:
     """Return the state of every generator that a model may draw from."""
-    devices = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
-    drawn = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
     _, keys, *rest = np.random.get_state()
-    return (*(state.numpy().tobytes() for state in drawn), np.asarray(keys).tobytes(), *rest, random.getstate())
+    return (*(state.numpy().tobytes() for state in states), np.asarray(keys).tobytes(), *rest, random.getstate())

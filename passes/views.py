@@ -35,12 +35,17 @@ def linear_view(program: Program, node: fx.Node) -> LinearView | None:
         return _product(program, node, node.args[1], node.args[2], node.args[0], (0, 1))
     if name in ("mm", "matmul"):
         return _product(program, node, node.args[0], node.args[1], None, (0, 1))
+    if name == "bmm":
+        return _picked(program, node)
+    if name in ("_grouped_mm", "grouped_mm_fallback"):
+        return _product(program, node, node.args[0], node.args[1], None, (1, 2), rank=3)
     if name == "einsum":
         return _einsum(program, node)
     if name in CONVOLUTIONS and argument(node, 6, "groups") in (None, 1):
         weight = _matrix(program, node.args[1])
         if weight is not None and set(program.tensors[weight.name].shape[2:]) == {1}:
-            return _product(program, node, node.args[0], node.args[1], argument(node, 2, "bias"), (1, 0), kernel=True)
+            return _product(program, node, node.args[0], node.args[1], argument(node, 2, "bias"), (1, 0),
+                            rank=len(weight.dims))  # fmt: skip
     return None
 
 
@@ -51,19 +56,23 @@ def attend_view(program: Program, node: fx.Node) -> AttendView | None:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A parameter behind wrappers: its name, and the stored dimension behind each dimension of the value."""
+    """A parameter behind wrappers: its name, the stored dimension behind each of the value's, whether data picks."""
 
     name: str
     dims: tuple[int, ...]
+    picked: bool = False
 
 
 def _matrix(program: Program, node: object) -> _Matrix | None:
-    """Look through casts, transposes and slices at a parameter."""
+    """Look through casts, transposes, slices and picks of entries at a parameter."""
     turns: list[fx.Node] = []
+    picked = False
     while isinstance(node, fx.Node) and node.op == "call_function":
         name = name_of(node)
         if name in TRANSPOSES:
             turns.append(node)
+        elif name == "index" and len(node.args[1]) == 1:  # type: ignore[arg-type]
+            picked = True
         elif name not in COPIES and name not in SPLITS - {"unbind"} and name not in SLICES:
             return None
         node = node.args[0]
@@ -73,7 +82,7 @@ def _matrix(program: Program, node: object) -> _Matrix | None:
     dims = list(range(program.tensors[stored].ndim))
     for turn in reversed(turns):
         dims = _turned(turn, dims)
-    return _Matrix(stored, tuple(dims))
+    return _Matrix(stored, tuple(dims), picked)
 
 
 def _turned(node: fx.Node, dims: list[int]) -> list[int]:
@@ -94,11 +103,11 @@ def _product(
     weight: object,
     bias: object,
     axes: tuple[int, int],
-    kernel: bool = False,
+    rank: int = 2,
 ) -> LinearView | None:
     """Build the view of ``operand`` times ``weight``; ``axes`` are the weight's contracted and resulting dimensions."""
     matrix = _matrix(program, weight)
-    if matrix is None or not isinstance(operand, fx.Node) or (len(matrix.dims) != 2 and not kernel):
+    if matrix is None or not isinstance(operand, fx.Node) or len(matrix.dims) != rank:
         return None
     vector = _matrix(program, bias)
     contracted, resulting = axes
@@ -110,6 +119,15 @@ def _product(
         matrix.dims[contracted],
         matrix.dims[resulting],
     )
+
+
+def _picked(program: Program, node: fx.Node) -> LinearView | None:
+    """Read a product of every row with a matrix of its own, picked by data from a parameter (E, …, …)."""
+    for operand, weight, axes in ((node.args[0], node.args[1], (1, 2)), (node.args[1], node.args[0], (2, 1))):
+        matrix = _matrix(program, weight)
+        if matrix is not None and matrix.picked:
+            return _product(program, node, operand, weight, None, axes, rank=3)
+    return None
 
 
 def _einsum(program: Program, node: fx.Node) -> LinearView | None:
@@ -225,6 +243,8 @@ def _flowing(program: Program, linears: Mapping[fx.Node, LinearView]) -> frozens
         elif node in linears:
             trained.add(node)
             given.add(node)
+        elif name_of(node) == "index" and _matrix(program, node) is not None:
+            trained.add(node)  # what data picks of a parameter is a weight or a bias
         elif name_of(node) not in SHAPED and isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
             operands = node.all_input_nodes
             if any(operand in trained for operand in operands):

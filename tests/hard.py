@@ -55,7 +55,6 @@ class Hard(Architecture):
         image_tokens: Whether the text holds a place for every patch of the image, at its start.
         experts: How experts compute; grouped kernels have no float64, and loops cannot be traced.
         given: Whether ``fxslim`` has to be given example inputs.
-        slow: Whether tracing takes more than ten seconds.
     """
 
     audio: str = ""
@@ -63,7 +62,6 @@ class Hard(Architecture):
     image_tokens: bool = False
     experts: str = ""
     given: bool = False
-    slow: bool = False
 
     def build(self, dtype: torch.dtype = torch.float64, attn: Attention = "eager") -> nn.Module:
         model: Any = super().build(dtype, attn)
@@ -243,13 +241,8 @@ _DEEPSEEK = {
 }
 _QWEN3_NEXT = {
     **_GQA,
-    "layer_types": ["linear_attention", "full_attention"],
+    "layer_types": ["full_attention", "full_attention"],  # a linear attention alone takes a minute to trace
     "head_dim": 8,
-    "linear_conv_kernel_dim": 2,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 5,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
     "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 20,
     "num_experts_per_tok": 2,
@@ -332,7 +325,7 @@ _ENTRIES: tuple[Hard, ...] = (
     _decoder("falcon_new", "FalconForCausalLM", "FalconConfig", {
         **_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2,
     }),
-    _decoder("codegen", "CodeGenForCausalLM", "CodeGenConfig", {**_GPT2, "rotary_dim": 4}, sdpa=False),
+    _decoder("codegen", "CodeGenForCausalLM", "CodeGenConfig", {**_GPT2, "n_head": 8, "rotary_dim": 4}, sdpa=False),
     _decoder("gpt_bigcode", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", {**_GPT2, "multi_query": True}),
     _decoder("gpt_bigcode_mha", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", {**_GPT2, "multi_query": False}),
     _decoder("persimmon", "PersimmonForCausalLM", "PersimmonConfig", _BERT),
@@ -349,7 +342,7 @@ _ENTRIES: tuple[Hard, ...] = (
     _hard("deberta_v2_shared", "DebertaV2ForSequenceClassification", "DebertaV2Config",
           {**_DEBERTA, "share_att_key": True}, sdpa=False),
     # Windows, shifted; one layer called many times; frames, patches, two towers.
-    _hard("swin", "SwinForImageClassification", "SwinConfig", _SWIN, text=False, image=True, slow=True),
+    _hard("swin", "SwinForImageClassification", "SwinConfig", _SWIN, text=False, image=True),
     _hard("albert", "AlbertForSequenceClassification", "AlbertConfig", {**_BERT, **_LABELS, "embedding_size": 20}),
     _encoder_decoder("pegasus", "PegasusForConditionalGeneration", "PegasusConfig", _BART),
     _encoder_decoder("whisper", "WhisperForConditionalGeneration", "WhisperConfig", _WHISPER, text=False,
@@ -368,7 +361,7 @@ _ENTRIES: tuple[Hard, ...] = (
     _decoder("deepseek_v2", "DeepseekV2ForCausalLM", "DeepseekV2Config", _DEEPSEEK, experts="batched_mm"),
     _decoder("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
              experts="batched_mm"),
-    _decoder("qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig", _QWEN3_NEXT, experts="batched_mm", slow=True),
+    _decoder("qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig", _QWEN3_NEXT, experts="batched_mm"),
     # Modules of torch: one tensor for query, key and value, and a call into a function that checks its sizes.
     _plain("torch_encoder", "nn.TransformerEncoder", lambda: Encoder(batch_first=True), x=("B", "S", WIDTH)),
     _plain("torch_encoder_seq", "nn.TransformerEncoder", lambda: Encoder(batch_first=False), x=("S", "B", WIDTH)),

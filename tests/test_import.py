@@ -24,6 +24,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             "functional",
             "trace",
             "dtypes",
+            "exporter",
+            "calls",
+            "regions",
+            "outside",
+            "unite",
             "inputs",
             "flow",
             "match",
@@ -43,7 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""
 
-TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather"})
+TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "exporter"})
 """Modules whose subject is transformers: nothing else imports it."""
 
 

@@ -78,12 +78,15 @@ def test_zero_columns_go_whatever_their_producers_hold(act: nn.Module) -> None:
     unchanged(model, (given(7, 1),), small, graph)
 
 
-def test_zero_producers_alone_do_not_go() -> None:
-    """sigmoid(0) is 0.5: the hidden channel is a constant, not zero."""
+def test_zero_producers_alone_do_not_go_without_a_bias() -> None:
+    """Refusal: sigmoid(0) is 0.5, so the hidden channel is a constant, not zero, and nothing can take it up."""
     model = mlp()
+    model[2].register_parameter("bias", None)
     zero(model[0].weight, 0, [3])
     zero(model[0].bias, 0, [3])
-    assert fxslim.plan(model, given()).sites == ()
+    plan = fxslim.plan(model, given())
+    assert plan.sites == ()
+    assert [(note.where, note.reason) for note in plan.notes] == [("ffn", "1 constant channels stay: 2 has no bias")]
     unchanged(model, (given(7, 1),), fxslim.slim(model, given()))
 
 
@@ -257,12 +260,14 @@ def test_a_custom_mask_that_hides_whole_heads() -> None:
     unchanged(model, inputs_of("bert"), small, fxslim.compile(model))
 
 
-def test_pruned_producers_alone_remove_nothing() -> None:
+def test_pruned_producers_alone_leave_constants() -> None:
+    """The biases survive the mask: the channels go, and what they made of their biases is folded."""
     model = mlp()
     prune.ln_structured(model[0], "weight", amount=0.25, n=2, dim=0)
-    small = fxslim.slim(model, given())
-    assert small.fxslim.plan.sites == ()
-    unchanged(model, (given(7, 1),), small)
+    small, graph = fxslim.slim(model, given()), fxslim.compile(model, given())
+    assert small[0].out_features == 48
+    assert small.fxslim.plan.sites == graph.fxslim.plan.sites
+    unchanged(model, (given(7, 1),), small, graph)
 
 
 class Halved(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 import fxslim
 from fxslim.passes.paths import Path, paths
-from fxslim.passes.training import training
+from fxslim.passes.training import drawing, training
 from fxslim.plan import AttributeEdit
 
 from agreement import EXACT, random_plan, same_state, state
@@ -105,9 +105,11 @@ def test_the_statistics_of_batch_norms_are_put_back() -> None:
 def test_the_random_states_are_put_back() -> None:
     model = built(Normed())
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[union-attr,index]
-    with training(model):
-        torch.rand(3), np.random.rand(3), random.random()
+    with training(model), drawing(model):
+        drawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
         assert model.training and model.drop.training
+    with drawing(model):
+        assert drawn == (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
     assert not model.training and not model.drop.training
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[union-attr,index]

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Value, axes_of
-from fxslim.passes.rules.movement import repeat_axis
-from fxslim.passes.rules.walk import Use, Walk, parameter, rule, sizes
+from fxslim.passes.rules.movement import MOVES, repeat_axis
+from fxslim.passes.rules.walk import Use, Walk, parameter, pin_axis, rule, sizes
 
 
 def contract(
@@ -43,7 +43,10 @@ def contract(
     shape = tuple(extent.get(letter, 1) for letter in space)
     operands = [_spread(value, letters, space) for value, letters in ((first, left), (second, right))]
     sums = [space.index(letter) for letter in summed]
-    found = [is_parameter(v) and not _is_product(n) for v, n in zip((first, second), _arguments(node), strict=True)]
+    found = [
+        (is_parameter(value) and not _is_product(argument)) or _is_picked(walk, argument)
+        for value, argument in zip((first, second), _arguments(node), strict=True)
+    ]
     weights = found if parameters is None else list(parameters)
     by_weight = weights[0] != weights[1]
     if by_weight:
@@ -101,6 +104,8 @@ def is_parameter(value: Value) -> bool:
     return value.origin == CONSTANT and not value.looked_up and bool(value.labels)
 
 
+PICKS = ("aten.index", "aten.index_select")
+COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias")
 PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.matmul", "aten.addmm", "aten.baddbmm", "aten.einsum")
 
 
@@ -119,6 +124,18 @@ def _is_product(node: fx.Node | None) -> bool:
         else:
             pending.extend(n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
     return products
+
+
+def _is_picked(walk: Walk, node: fx.Node | None) -> bool:
+    """Tell whether a value is one parameter of which data picks entries: the weights of the experts of each token."""
+    picked = False
+    while node is not None and node.op == "call_function":
+        name = str(getattr(node.target, "overloadpacket", ""))
+        picked = picked or name in PICKS
+        if name not in (*PICKS, *MOVES, *COPIES) or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return picked and node is not None and is_parameter(walk.value(node))
 
 
 def _spread(value: Value, letters: str, space: str) -> Value:
@@ -146,6 +163,18 @@ def linear(walk: Walk, node: fx.Node) -> Value:
     return out if bias is None else walk.join([out, walk.value(bias)], sizes(node))
 
 
+@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+def grouped_matmul(walk: Walk, node: fx.Node) -> Any:
+    """Product of rows with one matrix of several each (E, in, out): the matrices share their channels' numbers."""
+    x, weight = walk.value(node.args[0]), walk.value(node.args[1])
+    if len(x.shape) != 2 or len(weight.shape) != 3 or parameter(node, "bias", 3) is not None:
+        return walk.opaque(node, f"no rule for this form of {node.target}")
+    pin_axis(walk, weight, 0, "picked by data", node)
+    labels = tuple(own.reshape(own.shape[1:]) for own in weight.labels if own.shape[0] == 1)
+    matrix = Value(weight.shape[1:], labels, weight.origin, weight.looked_up)
+    return contract(walk, node, x, matrix, ("ti", "io", "to"))
+
+
 @rule("aten.mm", "aten.bmm", "aten.matmul", "aten.mv", "aten.dot")
 def matmul(walk: Walk, node: fx.Node) -> Value:
     """Matrix product with broadcast batch axes."""
@@ -153,16 +182,20 @@ def matmul(walk: Walk, node: fx.Node) -> Value:
 
 
 def _matmul(walk: Walk, node: fx.Node, first: Value, second: Value) -> Value:
-    rows = "m" if len(first.shape) > 1 else ""
-    columns = "n" if len(second.shape) > 1 else ""
-    left, right = len(first.shape) - 1 - len(rows), len(second.shape) - 1 - len(columns)
+    return contract(walk, node, first, second, matmul_names(len(first.shape), len(second.shape)))
+
+
+def matmul_names(first: int, second: int) -> tuple[str, str, str]:
+    """Return one letter per axis of a matrix product's operands, of these ranks, and of its result."""
+    rows = "m" if first > 1 else ""
+    columns = "n" if second > 1 else ""
+    left, right = first - 1 - len(rows), second - 1 - len(columns)
     batch = "abcdefgh"[: max(left, right)]
-    names = (
+    return (
         batch[len(batch) - left :] + rows + "k",
         batch[len(batch) - right :] + "k" + columns,
         batch + rows + columns,
     )
-    return contract(walk, node, first, second, names)
 
 
 @rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm")
@@ -179,7 +212,7 @@ def einsum(walk: Walk, node: fx.Node) -> Any:
     """Einstein sums of one or two operands."""
     equation = str(node.args[0]).replace(" ", "")
     values = [walk.value(argument) for argument in node.args[1]]  # type: ignore[union-attr]
-    names = _letters(equation, values)
+    names = letters_of(equation, [len(value.shape) for value in values])
     if names is None:
         return walk.opaque(node, f"no rule for einsum {equation!r}")
     if len(values) == 1:
@@ -192,9 +225,9 @@ def einsum(walk: Walk, node: fx.Node) -> Any:
     return contract(walk, node, values[0], values[1], (names[0], names[1], names[2]))
 
 
-def _letters(equation: str, values: list[Value]) -> tuple[str, ...] | None:
+def letters_of(equation: str, ranks: Sequence[int]) -> tuple[str, ...] | None:
     """Expand an einsum equation into plain letters, or return None where no rule covers it."""
-    if len(values) not in (1, 2):
+    if len(ranks) not in (1, 2):
         return None
     inputs, _, out = equation.partition("->")
     terms = inputs.split(",")
@@ -202,11 +235,11 @@ def _letters(equation: str, values: list[Value]) -> tuple[str, ...] | None:
         letters = [letter for letter in sorted(set(inputs)) if letter.isalpha()]
         out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
     spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    most = max(len(v.shape) - len(t.replace("...", "")) for t, v in zip(terms, values, strict=True))
+    most = max(rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True))
     dots = "".join(spare[:most])
     expanded = []
-    for term, value in zip(terms, values, strict=True):
-        count = len(value.shape) - len(term.replace("...", ""))
+    for term, rank in zip(terms, ranks, strict=True):
+        count = rank - len(term.replace("...", ""))
         expanded.append(term.replace("...", dots[len(dots) - count :]))
     expanded.append(out.replace("...", dots))
     return None if any(len(set(term)) != len(term) for term in expanded) else tuple(expanded)

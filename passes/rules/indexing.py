@@ -10,24 +10,18 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Value
 from fxslim.passes.rules.movement import concatenate
-from fxslim.passes.rules.walk import Walk, concrete, fixed, parameter, rule, sizes
+from fxslim.passes.rules.walk import Walk, concrete, fixed, parameter, pin_axis, rule, sizes
 
 
 @rule("aten.embedding")
 def embedding(walk: Walk, node: fx.Node) -> Value:
     """Rows stay, because any may be looked up; columns pass."""
     table, index = walk.value(node.args[0]), walk.value(node.args[1])
-    _pin_axis(walk, node, table, 0)
+    pin_axis(walk, table, 0, "indexed by data", node)
     _pin_all(walk, node, index)
     shape = sizes(node)
     columns = tuple(own.reshape((1,) * (len(shape) - 1) + (-1,)) for own in table.labels if own.shape[0] == 1)
     return Value(shape, columns, _data(walk, node, index), index.looked_up)
-
-
-def _pin_axis(walk: Walk, node: fx.Node, value: Value, axis: int) -> None:
-    labels = value.along(axis)
-    if labels is not None:
-        walk.relations.pin(labels, walk.relations.pin_label("indexed by data", node.name))
 
 
 def _pin_all(walk: Walk, node: fx.Node, value: Value) -> None:
@@ -102,7 +96,7 @@ def select(walk: Walk, node: fx.Node) -> Value:
     known = None if gathers else walk.known.get(parameter(node, position[0], position[1]))
     if known is not None:
         return walk.move(value, lambda t: t.index_select(axis, known % value.shape[axis]), sizes(node))
-    _pin_axis(walk, node, value, axis)
+    pin_axis(walk, value, axis, "indexed by data", node)
     shape = sizes(node)
     rest = tuple(own for own in value.labels if own.shape[axis] == 1)
     source = Value(shape, rest, value.origin, value.looked_up)

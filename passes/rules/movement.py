@@ -118,6 +118,8 @@ def repeat_interleave(walk: Walk, node: fx.Node) -> Any:
         if not value.labels:
             return walk.bare(node, value.origin, looked_up=value.looked_up)
         return walk.opaque(node, "repeat_interleave by data")
+    if value.along(axis) is None and not fixed(node, axis % len(value.shape)):  # rows of a batch
+        return Value(sizes(node), value.labels, value.origin, value.looked_up)
     return repeat_axis(walk, value, axis, times) if times > 1 else value
 
 

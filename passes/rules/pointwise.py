@@ -35,6 +35,14 @@ def pointwise(walk: Walk, node: fx.Node) -> Any:
     return walk.join(walk.operands(node), sizes(node))
 
 
+@rule("aten.view_as", "aten.reshape_as")
+def shaped_like(walk: Walk, node: fx.Node) -> Value:
+    """Move into another value's shape; what is left of both has to have the same shape."""
+    shape = sizes(node)
+    moved = walk.move(walk.value(node.args[0]), lambda t: t.reshape(shape), shape)
+    return walk.join([moved, walk.value(node.args[1])], shape)
+
+
 @rule("aten.prelu", "aten._prelu_kernel")
 def prelu(walk: Walk, node: fx.Node) -> Value:
     """Scale the negative part; a weight of several channels belongs to axis 1."""

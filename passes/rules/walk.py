@@ -208,6 +208,13 @@ def _pad(value: Value, rank: int) -> Value:
     return Value(ones + value.shape, labels, value.origin, value.looked_up)
 
 
+def pin_axis(walk: Walk, value: Value, axis: int, reason: str, node: fx.Node) -> None:
+    """Pin what varies along one axis of a value."""
+    labels = value.along(axis)
+    if labels is not None:
+        walk.relations.pin(labels, walk.relations.pin_label(reason, node.name))
+
+
 def origin_of(operands: Sequence[Value]) -> int:
     """Return the first origin that is data, or CONSTANT."""
     return next((operand.origin for operand in operands if operand.origin != CONSTANT), CONSTANT)
