@@ -66,8 +66,18 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
         for name, family in families.items()
         if family.heads_refused
     )
-    pinned, refused = (*pinned, *heads), (*refused, *heads)
+    pinned, refused = (*pinned, *heads, *_unread(program)), (*refused, *heads)
     return Sites(tuple(sites), families, pinned, refused, _feeds(program, labels, families), naming)
+
+
+def _unread(program: Program) -> tuple[Note, ...]:
+    """Name the weight matrices that the results do not depend on."""
+    read = {program.tensor_name(node) for node in program.graph.nodes if node.users}
+    return tuple(
+        Note(where=name.removesuffix(".weight"), reason="nothing that forward returns depends on it")
+        for name in dict.fromkeys(program.tensor_of.values())
+        if name not in read and isinstance(program.tensors[name], nn.Parameter) and program.tensors[name].ndim > 1
+    )
 
 
 def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Family]) -> Site:

@@ -189,9 +189,12 @@ def assert_labels_say_what_the_oracle_sees(
             continue
         if site.kind == "attention":
             width = len(next(iter(columns_of(site, [0]).values())))
-            groups = site.group_count if site.units * width < len(promised) else 0  # nothing of a key that all share
-            assert single.get(site.name, 0) == groups * width
-            assert whole[site.name] == len(promised) - groups * width >= (site.units + groups) * width
+            shared = any(piece.groups is not None for piece in site.slices)
+            groups = site.group_count if shared else site.units
+            groups = groups if site.units * width < len(promised) else 0  # nothing of a key that all share
+            gates = site.units * width if "gate" in site.roles else 0
+            assert single.get(site.name, 0) == groups * width + gates
+            assert whole[site.name] == len(promised) - groups * width - gates >= (site.units + groups) * width
         else:
             producers = {tensor for tensor, _, _ in promised}
             assert whole[site.name] == len(promised) >= site.units * len(producers)

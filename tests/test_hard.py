@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from hard import HARD
 SIZES = ((1, 5), (5, 11), (4, 3))
 """Batch sizes and lengths to compare on; examples for tracing have 2 rows of 7."""
 KNOWN: dict[str, dict[str, str]] = {
+    "blip": {"whole": "the vision tower reads the head width as the model width over the number of heads"},
     "olmo2": {"whole": "value channels: one head width is read for queries, keys and values, so they stay, zeroed"},
 }
 """Entry, or entry and attention, to test to the reason why it fails today."""
@@ -158,7 +160,7 @@ SITES: dict[str, list[str]] = {
         ),
     ],
     "llava": [
-        *[f"model.vision_tower.encoder.layers.{layer}.{site}" for layer in range(3) for site in TOWER],
+        *[f"model.vision_tower.encoder.layers.{layer}.{site}" for layer in range(2) for site in TOWER],
         "model.multi_modal_projector:ffn 32",
         *layers(*LLAMA_GQA, at="model.language_model.layers.#."),
     ],
@@ -167,11 +169,11 @@ SITES: dict[str, list[str]] = {
     "deepseek_v3": DEEPSEEK,
     "qwen3_next": [
         "model.layers.0.self_attn:attention 4/2",
-        "model.layers.0.mlp.experts:gated_ffn 12",
         "model.layers.0.mlp.shared_expert:gated_ffn 20",
+        "model.layers.0.mlp.experts:gated_ffn 12",
         "model.layers.1.self_attn:attention 4/2",
-        "model.layers.1.mlp.experts:gated_ffn 12",
         "model.layers.1.mlp.shared_expert:gated_ffn 20",
+        "model.layers.1.mlp.experts:gated_ffn 12",
     ],
     "torch_encoder": layers("self_attn:attention 4", ":ffn 48", at="encoder.layers.#."),
     "torch_encoder_seq": layers("self_attn:attention 4", ":ffn 48", at="encoder.layers.#."),
@@ -186,6 +188,8 @@ ROLES = {
     "gated_ffn": {"gate", "up", "down"},
     "generic": set(),
 }
+MORE = {"attention": {"gate"}, "generic": {"v", "out"}}
+"""Roles that some have: gates of outputs, and value channels where heads stay."""
 
 
 @pytest.mark.parametrize(("name", "attn"), cases("sites"))
@@ -193,7 +197,7 @@ def test_every_site_is_found_named_and_counted(name: str, attn: Attention) -> No
     found = inspected(name, attn)
     assert [written(site) for site in found.sites] == [line.replace(".:", ":") for line in SITES[name]]
     for site in found.sites:
-        assert site.roles.keys() == ROLES[site.kind], site.name
+        assert ROLES[site.kind] <= site.roles.keys() <= ROLES[site.kind] | MORE.get(site.kind, set()), site.name
         assert all(site.roles.values()), site.name
     assert all(note.reason for note in found.pinned)
 
@@ -212,17 +216,34 @@ def forward_inputs(name: str, batch: int, length: int, seed: int) -> dict[str, A
     return {**inputs, "use_cache": False} if entry.generates or entry.decoder else inputs
 
 
-def assert_agree(name: str, model: Any, plan: Plan, narrowed: Any) -> None:
+FIXED = {"llava": 2}
+"""Batch sizes that a trace fixes: as many image tokens as image features."""
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Turn torch's fused encoder layers off: at padding they hold other values than the operations in a graph."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def assert_agree(name: str, model: Any, plan: Plan, narrowed: Any, batch: int | None = None) -> None:
     """Compare a masked and a narrowed model on fresh inputs of several sizes, padded and not."""
-    for seed, (batch, length) in enumerate(SIZES):
-        inputs = forward_inputs(name, batch, length, seed)
+    for seed, (own, length) in enumerate(SIZES):
+        size = batch or own
+        inputs = forward_inputs(name, size, length, seed)
         variants = [inputs]
-        if seed == 1 and {"attention_mask", "input_ids"} <= inputs.keys() and "Classification" not in HARD[name].model:
+        optional = {"attention_mask", "input_ids"} <= inputs.keys() and not HARD[name].given
+        if seed == 1 and optional and "Classification" not in HARD[name].model:
             variants.append({key: value for key, value in inputs.items() if key != "attention_mask"})
         for given in variants:
             with fxslim.masked(model, plan):
                 expected = outputs(model, given)
-            assert difference(expected, outputs(narrowed, given)) <= tolerance(name), (batch, length, list(given))
+            assert difference(expected, outputs(narrowed, given)) <= tolerance(name), (size, length, list(given))
 
 
 def assert_counts(model: Any, plan: Plan, narrowed: Any) -> None:
@@ -256,7 +277,8 @@ def test_the_narrowed_graph_computes_what_the_masked_module_does(name: str, attn
     model, plan = built(name, attn), planned(name, attn)
     graph = fxslim.compile(model, example(name), plan=plan)
     assert graph.fxslim.plan.zeroed == ()
-    assert_agree(name, model, plan, graph)
+    with plain_kernels():
+        assert_agree(name, model, plan, graph, FIXED.get(name))
     assert_counts(model, plan, graph)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from fxslim.labels import CONSTANT, Value
+from fxslim.labels import CONSTANT, Value, axes_of
 from fxslim.passes.rules.walk import Walk, concrete, parameter, rule, sizes
 
 ALONG = (
@@ -92,6 +92,25 @@ def group_norm(walk: Walk, node: fx.Node) -> Value:
             shape = tuple(own.shape[0] if size == -1 else 1 for size in spread)
             extra.append(walk.move(own, lambda t: t.reshape(spread), shape))
     return walk.join([value, *extra], value.shape)
+
+
+POOLS = (
+    *(f"aten.{kind}_pool{places}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for places in (1, 2, 3)),
+    "aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten.upsample_bilinear2d",
+    "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa",
+)  # fmt: skip
+
+
+@rule(*POOLS)
+def pool(walk: Walk, node: fx.Node) -> Any:
+    """Pooling and resizing mix places, (B, C, ...) or (C, ...), not channels."""
+    value = walk.value(node.args[0])
+    places = len(value.shape) - int(next(digit for digit in str(node.target).split(".")[1] if digit.isdigit()))
+    if any(axes_of(labels) & set(range(places, len(value.shape))) for labels in value.labels):
+        return walk.opaque(node, f"{node.target} over a labelled axis")
+    if isinstance(node.meta["val"], tuple | list):
+        return walk.opaque(node, f"no rule for the indices of {node.target}")
+    return Value(sizes(node), value.labels, value.origin, value.looked_up)
 
 
 @rule("aten.topk", "aten.sort")
