@@ -58,7 +58,7 @@ class _NoWrites(TorchDispatchMode):
     """Stops a model before it writes into its parameters: they are the user's."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,7 +81,7 @@ def training(model: nn.Module) -> Iterator[None]:
     try:
         for module, _ in modes:
             module.training = True
-        with _NoDropout():  # type: ignore[no-untyped-call]
+        with _NoDropout():
             yield
     finally:
         for module, mode in modes:
@@ -116,7 +116,7 @@ def repeatable(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]])
         run: runs it, and returns its results.
     """
     try:
-        with _NoWrites(model):  # type: ignore[no-untyped-call]
+        with _NoWrites(model):
             with training(model), drawing(model):
                 before = _drawn(model)
                 first = run(model)
