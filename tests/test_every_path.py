@@ -27,6 +27,7 @@ from everywhere import (
     NAMES,
     PAIRS,
     built,
+    fewer_groups,
     forward_inputs,
     loose,
     narrowed,
@@ -69,12 +70,12 @@ def generated(model: Any, given: dict[str, Any], **options: Any) -> tuple[Tensor
 
 
 def assert_same_generation(name: str, given: dict[str, Any], **options: Any) -> None:
-    assert_same_tokens(name, (built(name), narrowed(name)), loose(name), given, **options)
+    assert_same_tokens((built(name), narrowed(name)), loose(name), given, **options)
 
 
-def assert_same_tokens(name: str, pair: tuple[Any, Any], close: float, given: dict[str, Any], **options: Any) -> None:
+def assert_same_tokens(pair: tuple[Any, Any], close: float, given: dict[str, Any], **options: Any) -> None:
     model, small = pair
-    with fxslim.masked(model, plan_of(name)):
+    with fxslim.masked(model, small.fxslim.plan):
         tokens, logits = generated(model, given, **options)
     mine, my_logits = generated(small, given, **options)
     assert torch.equal(tokens, mine)
@@ -102,12 +103,27 @@ def test_generation_with_fused_attention(name: str, way: str) -> None:
             model.set_attn_implementation("eager")
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama_gqa", "phi3_gqa", "gemma3"])
+def test_generation_with_fewer_key_value_heads(name: str, way: str) -> None:
+    assert_same_tokens((built(name), fewer_groups(name)), loose(name), prompt(name, length=12), **WAYS[way])
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_the_masks_change_the_logits(name: str) -> None:
+    model = built(name)
+    _, logits = generated(model, prompt(name))
+    with fxslim.masked(model, plan_of(name)):
+        _, masked = generated(model, prompt(name))
+    assert difference({"": logits}, {"": masked}) > 1e-2
+
+
 @pytest.mark.parametrize("way", ["greedy", "static", "beams"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_prompts_padded_on_the_left(name: str, way: str) -> None:
     """In float32: a softmax in float32 makes NaN of rows whose keys are all masked by the least float64."""
-    pair = tuple(copy.deepcopy(model).float() for model in (built(name), narrowed(name)))
-    assert_same_tokens(name, pair, 1e-4, prompt(name, left=True), **WAYS[way])
+    pair = copy.deepcopy(built(name)).float(), copy.deepcopy(narrowed(name)).float()
+    assert_same_tokens(pair, 1e-4, prompt(name, left=True), **WAYS[way])
 
 
 @pytest.mark.parametrize("name", GENERATING)
