@@ -255,8 +255,9 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
     what = _subject(model, example_inputs)
     candidates = bind(what.model, example_inputs)
     filled = lines.MASKS if example_inputs is None else frozenset()
-    ways = paths(what.model, candidates[0], filled=filled, given=candidates[0])
-    if isinstance(small, CompiledModule) or is_regional(small):
+    graph = isinstance(small, CompiledModule) or is_regional(small)
+    ways = paths(what.model, candidates[0], filled=filled, given=candidates[0], train=not graph)
+    if graph:
         ways = lines.graph_paths(ways)
     return compare(what.model, small, plan, refer(what.model, plan, ways))
 

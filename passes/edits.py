@@ -22,7 +22,7 @@ from fxslim.multihead import is_narrowable
 from fxslim.overlay import underlying
 from fxslim.passes.heads import head_edits
 from fxslim.passes.narrow import apply_edit, narrowed_copy
-from fxslim.passes.paths import Path, evaluating, tensors_of
+from fxslim.passes.paths import Path, tensors_of
 from fxslim.passes.verify import distance
 from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
 from fxslim.program import forward_parameters
@@ -379,7 +379,7 @@ class _Trial:
     def _call(self, call: Recorded) -> bool:
         args, kwargs = _private((call.args, call.kwargs))
         try:
-            with torch.no_grad(), evaluating(self.narrowed), _attention_of(self.narrowed, call.attention):
+            with torch.no_grad(), call.path.mode(self.narrowed), _attention_of(self.narrowed, call.attention):
                 out = tensors_of(self.narrowed(*args, **kwargs))
         except Exception:  # noqa: BLE001 - a wrong integer shows as any error
             return False

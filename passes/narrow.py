@@ -23,6 +23,9 @@ SIZE_ATTRIBUTES = {
     "out": ("out_features", "nf", "out_channels", "num_features", "embedding_dim"),
 }
 """Integers in which torch's and transformers' own layers repeat the shape of their weight."""
+CACHE_SHAPE = "_get_static_cache_init_shape"
+"""Method of transformers' models that reads heads and their width off the config, to make caches before the first call;
+None lets them be made at the first call."""
 
 
 def narrowed_copy(model: nn.Module, plan: Plan) -> nn.Module:
@@ -174,6 +177,13 @@ def _attributes(module: nn.Module, plan: Plan) -> None:
                 owner.normalized_shape = (size,)  # type: ignore[assignment]
     for edit in plan.edits:
         apply_edit(module, edit)
+    for child in module.modules() if plan.sites else ():
+        if hasattr(child, CACHE_SHAPE):
+            setattr(child, CACHE_SHAPE, _unknown)
+
+
+def _unknown() -> None:
+    """Let caches take the shape of what goes into them: a config says how many heads there were, in all layers."""
 
 
 def apply_edit(module: nn.Module, edit: AnyEdit) -> None:

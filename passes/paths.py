@@ -6,7 +6,7 @@ One path is not enough: a module that was narrowed wrongly may pass on one of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxslim.overlay import underlying
+from fxslim.passes.training import drawing, repeatable, training
 from fxslim.program import forward_parameters
 
 NEW_TOKENS = 3
@@ -31,6 +32,7 @@ class Path:
         generate: whether to run greedy decoding with a cache instead of one forward.
         fused: whether layers of torch's own may run as one kernel each. Their results at padding differ from those of
             the operations they stand for, which are what a graph holds.
+        training: whether to run in training mode, with nothing dropped.
     """
 
     name: str
@@ -38,25 +40,31 @@ class Path:
     attention: str | None = None
     generate: bool = False
     fused: bool = False
+    training: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
         """Return the tensors that the model returns along this path.
 
         It gets inputs that it may write into, and draws the same numbers every time.
         """
+        with self.mode(model), drawing(model):
+            return self._call(model)
+
+    def mode(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Put a model, or a part of one, into the mode of this path."""
+        return training(model) if self.training else evaluating(model)
+
+    def _call(self, model: nn.Module) -> list[torch.Tensor]:
         inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, dict(self.inputs))
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(),
-            evaluating(model),
-            _attention(model, self.attention),
-            _fused(self.fused),
-        ):
-            torch.manual_seed(0)
+        with torch.no_grad(), _attention(model, self.attention), _fused(self.fused):
             if self.generate:
                 return _generate(model, inputs)
             with _without_caches(model):
                 return tensors_of(model(**inputs))
+
+    def fits(self, model: nn.Module) -> bool:
+        """Tell whether a model can be compared along this path, if it is one in training mode."""
+        return repeatable(model, self._call)
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -70,6 +78,7 @@ def paths(
     *,
     filled: frozenset[str] = frozenset(),
     given: Mapping[str, Any] | None = None,
+    train: bool = True,
 ) -> tuple[Path, ...]:
     """Return every path that a model offers for some inputs.
 
@@ -78,6 +87,7 @@ def paths(
         inputs: keyword inputs.
         filled: names of inputs that may be left out.
         given: inputs of the user's, for layers of torch's own that are fused: made-up masks leave rows without keys.
+        train: whether to run in training mode as well, where a model can be compared in it.
     """
     found = [Path("as given", inputs)]
     bare = {name: value for name, value in inputs.items() if name not in filled}
@@ -93,6 +103,9 @@ def paths(
         fused = Path("fused layers", given, fused=True)
         if all(bool(t.isfinite().all()) for t in fused.run(model)):  # rows without a key: NaN fused, zero otherwise
             found.append(fused)
+    trained = Path("training", inputs, training=True)
+    if train and trained.fits(model):
+        found.append(trained)
     return tuple(found)
 
 

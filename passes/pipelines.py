@@ -319,7 +319,7 @@ class Refer:
         varied = fresh(program, seed=1, batch=vary.batch, length=vary.length, integers=vary.integers)
         other = fresh(program, seed=2, batch=vary.one, integers=vary.integers)
         ways = (
-            *paths(model, varied, filled=program.call.filled, given=program.call.example),
+            *paths(model, varied, filled=program.call.filled, given=program.call.example, train=not self.graph),
             Path(vary.name, other),
         )
         if program.regions:  # other values may lead past them
@@ -425,8 +425,8 @@ class Verify:
 
 
 def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Return the paths that a graph can run: one forward, with the attention that was traced."""
-    return tuple(path for path in ways if not path.generate and not path.fused and path.attention is None)
+    """Return the paths that a graph can run: one forward in eval mode, with the attention that was traced."""
+    return tuple(p for p in ways if not (p.generate or p.fused or p.training) and p.attention is None)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
-from transformers import Phi3Config
+import torch
+from transformers import GPT2Config, Phi3Config
 
 from fxslim.overlay import overlay
 
@@ -72,6 +73,40 @@ def test_a_real_config_keeps_its_class_and_methods() -> None:
     view = overlay(config, {"num_attention_heads": 2})
     assert isinstance(view, Phi3Config)
     assert view.to_dict()["num_key_value_heads"] == 2
+
+
+def test_other_names_of_a_field_are_not_replaced() -> None:
+    config = GPT2Config(n_head=4)
+    view = overlay(config, {"num_attention_heads": 2})
+    assert (view.num_attention_heads, view.n_head, view.hidden_size) == (2, 4, config.n_embd)
+    view.num_attention_heads = 8
+    assert (view.num_attention_heads, config.n_head) == (2, 8)
+    view.hidden_size = 6
+    assert config.n_embd == 6
+
+
+def test_a_new_instance_of_its_class_does_not_write_into_the_shared_config() -> None:
+    config = Phi3Config(num_attention_heads=4)
+    type(overlay(config, {"num_attention_heads": 2}))(num_attention_heads=16)
+    assert config.num_attention_heads == 4
+
+
+def test_what_has_no_dict_is_delegated_to() -> None:
+    class Slotted:
+        __slots__ = ("heads", "width")
+
+    config = Slotted()
+    config.heads, config.width = 4, 32
+    view = overlay(config, {"heads": 2})
+    assert (view.heads, view.width) == (2, 32)
+    view.width = 16
+    assert (config.width, view.width) == (16, 16)
+
+
+def test_compilers_see_an_ordinary_object() -> None:
+    view = overlay(Phi3Config(num_attention_heads=4, hidden_size=32), {"num_attention_heads": 2})
+    compiled = torch.compile(lambda x: x * view.num_attention_heads + view.hidden_size, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(1)).item() == 34
 
 
 def test_an_overlay_pickles() -> None:

@@ -26,19 +26,21 @@ MASK = frozenset({"attention_mask"})
 def test_every_path_that_a_model_offers(name: str, attention: str, expected: list[str]) -> None:
     entry = ARCHITECTURES[name]
     model = entry.build(attn=attention)  # type: ignore[arg-type]
-    assert [path.name for path in paths(model, entry.inputs(), filled=MASK)] == expected
+    assert [path.name for path in paths(model, entry.inputs(), filled=MASK)] == [*expected, "training"]
+    assert [path.name for path in paths(model, entry.inputs(), filled=MASK, train=False)] == expected
 
 
-def test_a_plain_module_has_one_path() -> None:
+def test_a_plain_module_has_one_path_in_either_mode() -> None:
     stack = Stack((Feed(),))
-    (path,) = paths(stack.build(), {"x": stack.inputs()})
+    path, trained = paths(stack.build(), {"x": stack.inputs()})
+    assert trained == Path("training", path.inputs, training=True)
     assert path == Path("as given", path.inputs)
     assert not generates(stack.build())
 
 
 def test_masks_stay_where_they_may_not_be_left_out() -> None:
     entry = ARCHITECTURES["bert"]
-    assert [path.name for path in paths(entry.build(), entry.inputs())] == ["as given", "sdpa attention"]
+    assert [path.name for path in paths(entry.build(), entry.inputs())] == [*("as given", "sdpa attention", "training")]
 
 
 def test_switching_attention_is_undone() -> None:
@@ -55,16 +57,17 @@ def test_attention_is_switched_while_running() -> None:
     entry = ARCHITECTURES["bert"]
     model, seen = entry.build(attn="eager"), []
     model.encoder.layer[0].register_forward_hook(lambda *_: seen.append(model.config._attn_implementation))
-    for path in paths(model, entry.inputs(), filled=MASK):
+    found = paths(model, entry.inputs(), filled=MASK)
+    seen.clear()
+    for path in found:
         path.run(model)
-    assert seen == ["eager", "eager", "sdpa", "sdpa"]
+    assert seen == ["eager", "eager", "sdpa", "sdpa", "eager"]
 
 
 def test_generation_returns_the_logits_of_every_step() -> None:
     entry = ARCHITECTURES["gpt2"]
     model = entry.build()
-    path = paths(model, entry.inputs(), filled=MASK)[-1]
-    assert path.generate
+    path = next(path for path in paths(model, entry.inputs(), filled=MASK) if path.generate)
     steps = path.run(model)
     assert [tuple(step.shape) for step in steps] == [(3, 99)] * 3
 
