@@ -46,13 +46,16 @@ class Gather:
         """Return the kept heads of a tensor; anything without that many heads as it is."""
         if not isinstance(value, torch.Tensor) or value.ndim <= self.axis:
             return value
-        index = torch.tensor(self.keep, device=value.device)
         if not self.runs:
-            return value.index_select(self.axis, index) if value.shape[self.axis] == self.size else value
+            return self._kept(value, self.axis) if value.shape[self.axis] == self.size else value
         if value.shape[self.axis] % self.size:
             return value
         runs = value.unflatten(self.axis, (-1, self.size))
-        return runs.index_select(self.axis + 1, index).flatten(self.axis, self.axis + 1)
+        return self._kept(runs, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+    def _kept(self, value: torch.Tensor, axis: int) -> torch.Tensor:
+        """Pick heads one by one: a second narrowing must find that what it picks from has to stay as it is."""
+        return torch.stack([value.select(axis, head) for head in self.keep], axis)
 
 
 def gather_in_attention(module: nn.Module, size: int, keep: tuple[int, ...]) -> None:

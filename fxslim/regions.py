@@ -17,7 +17,8 @@ from fxslim.errors import FxslimError, InputError, TraceError
 from fxslim.outside import private, read_outside, storage
 from fxslim.plan import Note
 from fxslim.program import Program, named_tensors
-from fxslim.trace import named_once, quiet, share, trace_part, transient_names, without_caches
+from fxslim.sharing import named_once, share, transient_names, without_caches
+from fxslim.trace import quiet, trace_part
 from fxslim.unite import Part, unite, whole_call
 
 MOST_WAYS = 8

@@ -17,13 +17,14 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from fxslim.errors import TraceError, UnsupportedModelError
+from fxslim.errors import TraceError
 from fxslim.exporter import applies, export_patched
 from fxslim.functional import functionalize
-from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic, named_tensors
+from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic
+from fxslim.sharing import named_once, refuse, share, transient_names, without_caches
+from fxslim.spelling import inline_regions, spell_shapes
 
 LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
-REGION_OPS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
 def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[str] = frozenset()) -> Program:
@@ -86,75 +87,6 @@ def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any
     if next(iter(program.graph.find_nodes(op="get_attr")), None) is not None:
         raise TraceError("its graph holds graphs")
     return program
-
-
-def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
-    """Copy a module tree that shares every parameter with the original.
-
-    Args:
-        module: the original.
-        buffers: whether buffers, and weights that a forward renormalises in place, are shared as well.
-
-    Raises:
-        UnsupportedModelError: the module holds something that cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, torch.Tensor):  # a stored activation cannot be copied again with its history
-                memo[id(value)] = value if value.is_leaf else value.detach()
-        for parameter in child._parameters.values():
-            if parameter is not None:
-                memo[id(parameter)] = parameter
-        for buffer in child._buffers.values():
-            if buffer is not None:
-                memo[id(buffer)] = buffer if buffers else buffer.detach().clone()
-    for child in module.modules():
-        if not buffers and getattr(child, "max_norm", None) is not None and isinstance(child.weight, nn.Parameter):
-            memo[id(child.weight)] = nn.Parameter(child.weight.detach().clone(), child.weight.requires_grad)
-    try:
-        return copy.deepcopy(module, memo)
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}); take what copy.deepcopy refuses "
-            "(locks, generators, stored activations) off the model first."
-        ) from error
-
-
-def without_caches(module: nn.Module) -> None:
-    """Turn key/value caches off everywhere in a (copied) module: caches are no graph outputs."""
-    for child in module.modules():
-        config = getattr(child, "config", None)
-        if config is not None and getattr(config, "use_cache", False):
-            config.use_cache = False
-        if isinstance(vars(child).get("use_cache"), bool):
-            child.use_cache = False  # type: ignore[assignment]
-
-
-def refuse(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for models that fxslim must not touch."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is quantized; narrow the original model and quantize the result."
-        )
-    for name, child in model.named_modules():
-        module_name = type(child).__module__
-        if module_name.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")):
-            raise UnsupportedModelError(
-                f"{name or 'the model'} is a quantized {type(child).__name__}; narrow the original model and "
-                "quantize the result."
-            )
-    if next(iter(model.parameters()), None) is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        subclass = type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer) and not hasattr(tensor, "fake_mode")
-        if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
-            raise UnsupportedModelError(
-                f"{name} is stored as {type(tensor).__name__} ({tensor.dtype}), which cannot be sliced exactly; "
-                "narrow the original model and quantize or shard the result."
-            )
 
 
 @contextmanager
@@ -253,9 +185,9 @@ def _program(
 ) -> Program:
     graph = copy.deepcopy(exported.graph_module).graph
     renamed = _renamed(exported.graph, graph)
-    _inline_regions(graph)
+    inline_regions(graph)
     functionalize(graph)
-    _spell_shapes(graph)
+    spell_shapes(graph)
     graph.eliminate_dead_code()  # what nobody reads (averaged attention weights) must not tie what it is made of
     tensors, aliases = named_once(model)
     tensor_of: dict[str, str] = {}
@@ -314,30 +246,6 @@ def _renamed(before: fx.Graph, after: fx.Graph) -> dict[str, str]:
     }
 
 
-def named_once(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Name every parameter and buffer once; further names of the same tensor become aliases."""
-    first: dict[int, str] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in named_tensors(model).items():
-        if id(tensor) in first:
-            if first[id(tensor)] != name:
-                aliases[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            tensors[name] = tensor
-    return tensors, aliases
-
-
-def transient_names(model: nn.Module) -> frozenset[str]:
-    """Return the names of buffers that are not part of the state dict."""
-    return frozenset(
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name in module._non_persistent_buffers_set
-    )
-
-
 def _drop_mutations(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
     """Drop outputs that only write buffers back: the emitted graph is for inference."""
     output = graph.output_node()
@@ -347,64 +255,6 @@ def _drop_mutations(graph: fx.Graph, exported: torch.export.ExportedProgram) -> 
         if spec.kind.name == "USER_OUTPUT"
     ]
     output.args = (tuple(keep),)
-
-
-def _inline_regions(graph: fx.Graph) -> None:
-    """Inline the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions."""
-    owner: Any = graph.owning_module
-    for node in list(graph.nodes):
-        if node.op != "call_function" or str(node.target) not in REGION_OPS:
-            continue
-        position = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-        body_node: Any = node.args[position]
-        if str(node.target) == "wrap_with_autocast" and node.args[2]:  # (device, dtype, enabled, cache, body, ...)
-            raise TraceError("the model runs a region under autocast; trace it with autocast off.")
-        body: Any = owner.get_submodule(body_node.target)
-        copies: dict[fx.Node, Any] = {}
-        inner = iter(node.args[position + 1 :])
-        for sub in body.graph.nodes:
-            if sub.op == "placeholder":
-                copies[sub] = next(inner)
-        with graph.inserting_before(node):
-            results = graph.graph_copy(body.graph, copies)
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not body_node.users:
-            graph.erase_node(body_node)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and str(node.target) in REGION_OPS:
-            _inline_regions(graph)
-            return
-
-
-SHAPED_LIKE = {
-    torch.ops.aten.view_as.default: torch.ops.aten.reshape.default,
-    torch.ops.aten.reshape_as.default: torch.ops.aten.reshape.default,
-    torch.ops.aten.expand_as.default: torch.ops.aten.expand.default,
-}
-"""Operations that take a shape from another tensor, and what they do with it."""
-
-
-def _spell_shapes(graph: fx.Graph) -> None:
-    """Spell out the shapes that operations take from another tensor, so that passes meet one form."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in SHAPED_LIKE:
-            continue
-        value, like = node.args
-        with graph.inserting_before(node):
-            sizes = [_size_node(graph, like, axis, size) for axis, size in enumerate(node.meta["val"].shape)]
-        node.target = SHAPED_LIKE[node.target]
-        node.args = (value, sizes)
-
-
-def _size_node(graph: fx.Graph, like: Any, axis: int, size: Any) -> Any:
-    if not is_symbolic(size):
-        return int(size)
-    read = graph.call_function(torch.ops.aten.sym_size.int, (like, axis))
-    read.meta["val"] = size
-    return read
 
 
 def _ranges(graph: fx.Graph, inputs: tuple[str, ...], exported: torch.export.ExportedProgram) -> tuple[SizeRange, ...]:

@@ -265,16 +265,14 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     """Take out the asked fraction, zeros first, then by ascending score."""
     gone = np.zeros(site.units, dtype=bool)
     zero, scores = seen.zero, seen.scores
-    if site.kind in FFN:
-        gone[_lowest(np.arange(site.units), zero, scores)[: _count(request.ffn, site.units)]] = True
-        short = request.ffn and not gone.any()
-        return gone, f"ffn={request.ffn} of {site.units} channels is less than one" if short else ""
-    if _of_values(site):
+    asked = ("ffn", request.ffn) if site.kind in FFN else ("value", request.value) if _of_values(site) else None
+    if asked is not None:
+        name, fraction = asked
         every = _members(site)
         for own in every:
-            gone[_lowest(own, zero, scores)[: _count(request.value, len(own))]] = True
-        short = request.value and not gone.any()
-        return gone, f"value={request.value} of {len(every[0])} channels is less than one" if short else ""
+            gone[_lowest(own, zero, scores)[: _count(fraction, len(own))]] = True
+        short = fraction and not gone.any()
+        return gone, f"{name}={fraction} of {len(every[0])} channels is less than one" if short else ""
     if site.kind != "attention":
         return gone, "no pattern names this site, so neither ffn= nor heads= reaches it"
     note = ""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fxslim.trace import share
+from fxslim.sharing import share
 
 CALLS: Mapping[Any, str] = {
     functional.dropout: "p",

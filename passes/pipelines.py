@@ -18,7 +18,7 @@ from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
 from fxslim.passes.constants import constants
 from fxslim.passes.cut import Cut, closed
-from fxslim.passes.edits import Watch, find_edits, to_watch, watching
+from fxslim.passes.edits import find_edits, to_watch
 from fxslim.passes.emit import emit
 from fxslim.passes.find import Found, find
 from fxslim.passes.foldable import still
@@ -31,12 +31,14 @@ from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
 from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
+from fxslim.passes.watch import Watch, watching
 from fxslim.pipeline import Facts, Pass, Pipeline
 from fxslim.plan import Note, Plan, SitePlan
 from fxslim.program import Program
 from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
-from fxslim.trace import share, trace
+from fxslim.sharing import share
+from fxslim.trace import trace
 
 MASKS = frozenset({"attention_mask", "decoder_attention_mask"})
 """Inputs that callers may leave out and that stand for ones then."""

@@ -19,7 +19,7 @@ from fxslim.passes.paths import Path
 from fxslim.passes.rewrite import Rewritten
 from fxslim.plan import Plan
 from fxslim.program import Program, Region, named_tensors
-from fxslim.trace import without_caches
+from fxslim.sharing import without_caches
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,16 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
     pinned = tuple(Note(where=r.tensor.removesuffix(".weight"), reason=r.reason) for r in found.refusals)
     refused = tuple(note for note, refusal in zip(pinned, found.refusals, strict=True) if refusal.inner)
     heads = tuple(
-        Note(where=name, reason=f"{family.heads_refused}; value= takes value channels")
-        for name, family in families.items()
-        if family.heads_refused
+        Note(where=site.name, reason=f"{reason}; value= takes value channels")
+        for site in sites
+        if (reason := families[site.name].heads_refused or _unseen(site))
     )
     pinned, refused = (*pinned, *heads, *_unread(program)), (*refused, *heads)
     return Sites(tuple(sites), families, pinned, refused, _feeds(program, labels, families), naming)
+
+
+def _unseen(site: Site) -> str:
+    return "its heads are not told apart" if site.kind == "generic" and site.roles.keys() == set(VALUE_CHANNELS) else ""
 
 
 def _unread(program: Program) -> tuple[Note, ...]:

@@ -262,8 +262,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], type[FxslimErr
         "include='layers.?' matches no"),
     "experts": (
         mlp, lambda m: fxslim.slim(m, given(), experts=0.5), RequestError,
-        "experts= is not supported yet: this version removes ffn=, heads= and kv_groups="),
-    "value": (mlp, lambda m: fxslim.plan(m, given(), value=0.5), RequestError, "value= is not supported yet"),
+        "experts= is not supported yet: this version takes ffn=, heads=, kv_groups= and value=."),
 }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "functional",
+            "sharing",
+            "spelling",
             "trace",
             "dtypes",
             "exporter",

@@ -200,10 +200,11 @@ def test_generic_sites_are_reported_when_something_is_asked_for() -> None:
     model = nn.Sequential(Stack((Feed(),)).build(), _PerHead()).double().eval()
     model[1].q, model[1].k, model[1].v = (nn.ModuleList(nn.Linear(4, 4) for _ in range(4)) for _ in range(3))
     model.double()
-    notes = fxslim.plan(model, Stack((Feed(),)).inputs(), ffn=0.5).notes
-    generic = [note.where for note in notes if "no pattern names this site" in note.reason]
-    assert generic
-    assert all(where.startswith("1:generic") for where in generic)
+    notes = fxslim.plan(model, Stack((Feed(),)).inputs(), heads=0.5).notes
+    reason = "its heads are not told apart; value= takes value channels"
+    assert [(note.where, note.reason) for note in notes if "value=" in note.reason] == [
+        ("1:generic and 3 more", reason)
+    ]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])

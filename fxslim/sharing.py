@@ -1,0 +1,105 @@
+"""Copies that share their tensors with the original, and what fxslim must not touch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxslim.errors import UnsupportedModelError
+from fxslim.program import named_tensors
+
+
+def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
+    """Copy a module tree that shares every parameter with the original.
+
+    Args:
+        module: the original.
+        buffers: whether buffers, and weights that a forward renormalises in place, are shared as well.
+
+    Raises:
+        UnsupportedModelError: the module holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, torch.Tensor):  # a stored activation cannot be copied again with its history
+                memo[id(value)] = value if value.is_leaf else value.detach()
+        for parameter in child._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = parameter
+        for buffer in child._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = buffer if buffers else buffer.detach().clone()
+    for child in module.modules():
+        if not buffers and getattr(child, "max_norm", None) is not None and isinstance(child.weight, nn.Parameter):
+            memo[id(child.weight)] = nn.Parameter(child.weight.detach().clone(), child.weight.requires_grad)
+    try:
+        return copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}); take what copy.deepcopy refuses "
+            "(locks, generators, stored activations) off the model first."
+        ) from error
+
+
+def without_caches(module: nn.Module) -> None:
+    """Turn key/value caches off everywhere in a (copied) module: caches are no graph outputs."""
+    for child in module.modules():
+        config = getattr(child, "config", None)
+        if config is not None and getattr(config, "use_cache", False):
+            config.use_cache = False
+        if isinstance(vars(child).get("use_cache"), bool):
+            child.use_cache = False  # type: ignore[assignment]
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for models that fxslim must not touch."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is quantized; narrow the original model and quantize the result."
+        )
+    for name, child in model.named_modules():
+        module_name = type(child).__module__
+        if module_name.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is a quantized {type(child).__name__}; narrow the original model and "
+                "quantize the result."
+            )
+    if next(iter(model.parameters()), None) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        subclass = type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer) and not hasattr(tensor, "fake_mode")
+        if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
+            raise UnsupportedModelError(
+                f"{name} is stored as {type(tensor).__name__} ({tensor.dtype}), which cannot be sliced exactly; "
+                "narrow the original model and quantize or shard the result."
+            )
+
+
+def named_once(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Name every parameter and buffer once; further names of the same tensor become aliases."""
+    first: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in named_tensors(model).items():
+        if id(tensor) in first:
+            if first[id(tensor)] != name:
+                aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, aliases
+
+
+def transient_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of buffers that are not part of the state dict."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    )
