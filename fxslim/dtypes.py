@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import FxslimError
@@ -46,22 +47,26 @@ def follow(model: nn.Module, program: Program) -> tuple[Program, Following]:
     if program.regions:
         return program, Following("it is traced in regions")
     constants = [name for name in program.constants if program.tensors[name].is_floating_point()]
-    if not constants and not any(_dtypes(node) for node in program.graph.nodes):
-        return program, Following()
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if not constants and not any(_tells(node, own) for node in program.graph.nodes):
+        return program, Following()
     if len(own) != 1:
         return program, Following(f"its parameters have several dtypes ({', '.join(sorted(map(str, own)))})")
     (mine,) = own
+    meant = frozenset(name for name in constants if program.tensors[name].dtype != mine)
     other = torch.float32 if mine == torch.bfloat16 else torch.bfloat16
     try:
-        twin = trace(_skeleton(model, mine, other), _cast(dict(program.call.example), mine, other))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            skeleton, example = _skeleton(model, mine, other), _cast(dict(program.call.example), mine, other)
+        twin = trace(skeleton, example)
     except FxslimError as error:
-        return program, Following(f"a copy in {other} could not be traced ({str(error).splitlines()[0]})")
-    return _compare(program, twin, mine, other, constants)
+        return program, Following(f"a copy in {other} could not be traced ({str(error).splitlines()[0]})", meant=meant)
+    made, following = _compare(program, twin, mine, other, constants)
+    return made, replace(following, meant=following.meant | meant)
 
 
 def _skeleton(model: nn.Module, mine: torch.dtype, other: torch.dtype) -> nn.Module:
-    """Return a copy on ``meta`` in another dtype."""
+    """Return a copy in another dtype whose tensors hold no numbers."""
     memo: dict[int, Any] = {}
     for tensor in named_tensors(model).values():
         made = _cast(tensor.detach(), mine, other)
@@ -73,7 +78,7 @@ def _cast(tree: Any, mine: torch.dtype, other: torch.dtype) -> Any:
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return torch.empty_like(leaf, dtype=other if leaf.dtype == mine else leaf.dtype, device="meta")
+        return torch.empty_like(leaf, dtype=other if leaf.dtype == mine else leaf.dtype)
 
     return pytree.tree_map(cast, tree)
 
@@ -99,8 +104,9 @@ def _compare(
         copied.meta = dict(node.meta)
         if other == torch.bfloat16:
             _rewire(copied, node, [made[own[n]] for n in _read(like)])
-    same = (name for name in constants if name in twin.tensors and twin.tensors[name].dtype != other)
-    return replace(program, graph=graph), Following("", places, frozenset(same))
+    first, second = ({name: tensor.dtype for name, tensor in p.tensors.items()} for p in (program, twin))
+    meant = (name for name in constants if (first[name], second.get(name)) != (mine, other))
+    return replace(program, graph=graph), Following("", places, frozenset(meant))
 
 
 def _rewire(copied: fx.Node, node: fx.Node, read: list[fx.Node]) -> None:
@@ -141,9 +147,12 @@ def _what(a: Any, b: Any, mine: torch.dtype, other: torch.dtype) -> str | None:
     return ""
 
 
-def _dtypes(node: fx.Node) -> list[torch.dtype]:
+def _tells(node: fx.Node, own: set[torch.dtype]) -> bool:
+    """Tell whether a node names a floating-point dtype, or a number that is a limit of the model's."""
+    limits = {getattr(torch.finfo(dtype), name) for dtype in own for name in LIMITS}
     leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.dtype) and leaf.is_floating_point]
+    named = (leaf.is_floating_point for leaf in leaves if isinstance(leaf, torch.dtype))
+    return any(named) or any(isinstance(leaf, float) and leaf in limits for leaf in leaves)
 
 
 def limit_of(tensor: torch.Tensor, name: str) -> float:

@@ -247,7 +247,7 @@ def emit(
             attribute.meta = dict(node.meta)
             node.replace_all_uses_with(attribute)
             graph.erase_node(node)
-    _follow_dtype(graph, tensors, following)
+    _follow_dtype(graph, program.tensors, following)
     graph.eliminate_dead_code()
     graph.set_codegen(CallCodeGen(program.call))
     module = CompiledModule(root, graph, class_name=name)
@@ -287,12 +287,12 @@ def follow_device(graph: fx.Graph, inputs: Iterable[fx.Node]) -> None:
             node.kwargs = pytree.tree_map(lambda a: device if isinstance(a, torch.device) else a, node.kwargs)
 
 
-def _follow_dtype(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], following: Following) -> None:
+def _follow_dtype(graph: fx.Graph, own: Mapping[str, torch.Tensor], following: Following) -> None:
     """Let every dtype that is the model's, and every number that is a limit of it, follow a parameter."""
     if not following.places:
         return
-    parameters = (node for node in graph.find_nodes(op="get_attr") if isinstance(tensors[node.target], nn.Parameter))
-    anchor = next(node for node in parameters if tensors[node.target].is_floating_point())
+    parameters = (node for node in graph.find_nodes(op="get_attr") if isinstance(own.get(node.target), nn.Parameter))
+    anchor = next(node for node in parameters if own[node.target].is_floating_point())
     made: dict[str, fx.Node] = {}
     with graph.inserting_after(anchor):
         for what in sorted({what for places in following.places.values() for what in places.values()}):
