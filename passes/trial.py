@@ -81,7 +81,9 @@ class Trial:
         except Exception:  # noqa: BLE001 - a wrong integer shows as any error
             return False
         mine = [t for t, want in zip(out, call.out, strict=False) if t.shape == want.shape]
-        if len(out) != len(call.out) or not mine or out[0].shape != call.out[0].shape:
+        if len(out) != len(call.out) or not mine:
+            return False
+        if any(out[i].shape != call.out[i].shape for i in (0, *call.through)):
             return False
         want = [want for t, want in zip(out, call.out, strict=True) if t.shape == want.shape]
         worst, scale = distance(want, mine)

@@ -23,11 +23,12 @@ KEPT = (bool, int, float, str, torch.dtype, torch.device, nn.Module)
 
 @dataclass
 class Recorded:
-    """One call of a module: a private copy of what went in, what came out, and with which attention implementation."""
+    """One call of a module: a private copy of what went in, what came out (``through``: as it went in), and how."""
 
     args: Any
     kwargs: Any
     out: list[torch.Tensor]
+    through: frozenset[int]
     path: Path
     attention: str | None
 
@@ -66,12 +67,20 @@ def _record_calls(module: nn.Module, seen: Watch, way: Path) -> list[Any]:
         taken, named = pending.pop()
         if not any(call.path is way for call in seen.calls):  # one call of each path is enough
             results = [t.detach().clone() for t in tensors_of(out)]
-            seen.calls.append(Recorded(taken, named, results, way, _implementation(module)))
+            through = _through(tensors_of((taken, named)), results)
+            seen.calls.append(Recorded(taken, named, results, through, way, _implementation(module)))
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True),
     ]
+
+
+def _through(taken: list[torch.Tensor], out: list[torch.Tensor]) -> frozenset[int]:
+    """Return which results are what went in: others take them from here, so that they have to stay whole."""
+    return frozenset(
+        i for i, t in enumerate(out) if any(t.shape == own.shape and bool((t == own).all()) for own in taken)
+    )
 
 
 def shared_config(module: nn.Module) -> Any:

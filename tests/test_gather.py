@@ -166,6 +166,21 @@ def test_copies_and_other_attention(name: str) -> None:
     assert difference(expected, outputs(small, inputs)) <= EXACT
 
 
+def test_a_layer_in_the_middle_hands_the_whole_bias_on() -> None:
+    """What a layer returns as it was given is for the next layer, which has all heads."""
+    case = CASES["t5 encoder"]
+    config = copy.deepcopy(case.config)
+    config.num_layers = 3
+    model: Any = type(case.build())(config).double().eval()
+    small: Any = fxslim.slim(model, heads=0.5, include="encoder.block.1")
+    assert small.fxslim.plan.zeroed == ()
+    assert [edit.edit for edit in small.fxslim.plan.edits] == ["attention"]
+    inputs = calls("t5 encoder")[0]
+    with fxslim.masked(model, small.fxslim.plan):
+        expected = outputs(model, inputs)
+    assert difference(expected, outputs(small, inputs)) <= INNER_FLOAT32
+
+
 @pytest.mark.parametrize("name", ["t5 encoder", "mpnet", "bloom"])
 def test_narrowing_twice_gathers_once(name: str) -> None:
     """The second keep counts among the heads that the first one left."""
