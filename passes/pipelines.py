@@ -307,6 +307,12 @@ class Refer:
                 if vary is VARY[-1]:
                     raise
         assert made is not None
+        if not made.references:
+            raise UnsupportedModelError(
+                "no call leads through the parts of this model that were traced (they keep state of their own, or are "
+                "given what changes), so that a graph cannot be verified; use fxslim.slim, which keeps the model's own "
+                "forward."
+            )
         if self.lossless and plan.sites:
             folds = any(part.folds for part in plan)  # what is constant on one path may not be on another
             compare(model, model, plan, made.references if folds else made.references[:1])

@@ -518,3 +518,35 @@ def test_the_library_that_a_model_comes_from_can_export_more_of_it() -> None:
     with fxslim.masked(model, slim.fxslim.plan):
         expected = outputs(model, other)
     assert difference(expected, outputs(slim, other)) < 1e-6
+
+
+class Logs(nn.Module):
+    """Writes into a list that it is given: no second call is like the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor, log: list[Tensor]) -> Tensor:
+        log.append(x.mean())
+        return self.down(torch.relu(self.up(x)))
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logs = Logs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        log: list[Tensor] = []
+        y = self.logs(x, log)
+        return y * 2 if float(y.sum()) > 1e9 else y + sum(log)
+
+
+def test_a_graph_that_no_call_leads_through_is_refused() -> None:
+    model, x = Keeps().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    with pytest.raises(UnsupportedModelError, match=r"no call leads through the parts .* use fxslim\.slim"):
+        fxslim.compile(model, (x,), ffn=0.5)
+    small = fxslim.slim(model, (x,), ffn=0.5)
+    with fxslim.masked(model, small.fxslim.plan), torch.no_grad():
+        assert float((model(x) - small(x)).abs().max()) < 1e-12
