@@ -41,15 +41,12 @@ def follow(model: nn.Module, program: Program) -> tuple[Program, Following]:
 
     A cast to the dtype that a value has already returns the value itself, so that a trace may show a residual stream
     behind a cast that it does not pass in other dtypes. Models name bfloat16 least, so the program that is returned has
-    the wiring of that trace. A graph that names no dtype and holds no floating-point constant needs no
-    second trace.
+    the wiring of that trace.
     """
     if program.regions:
         return program, Following("it is traced in regions")
     constants = [name for name in program.constants if program.tensors[name].is_floating_point()]
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if not constants and not any(_tells(node, own) for node in program.graph.nodes):
-        return program, Following()
     if len(own) != 1:
         return program, Following(f"its parameters have several dtypes ({', '.join(sorted(map(str, own)))})")
     (mine,) = own
@@ -144,15 +141,7 @@ def _what(a: Any, b: Any, mine: torch.dtype, other: torch.dtype) -> str | None:
     if isinstance(a, float) and isinstance(b, float) and a != b:
         first, second = torch.finfo(mine), torch.finfo(other)
         return next((n for n in LIMITS if (getattr(first, n), getattr(second, n)) == (a, b)), None)
-    return ""
-
-
-def _tells(node: fx.Node, own: set[torch.dtype]) -> bool:
-    """Tell whether a node names a floating-point dtype, or a number that is a limit of the model's."""
-    limits = {getattr(torch.finfo(dtype), name) for dtype in own for name in LIMITS}
-    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-    named = (leaf.is_floating_point for leaf in leaves if isinstance(leaf, torch.dtype))
-    return any(named) or any(isinstance(leaf, float) and leaf in limits for leaf in leaves)
+    return None if isinstance(a, bool | int | float | str) and a != b else ""
 
 
 def limit_of(tensor: torch.Tensor, name: str) -> float:

@@ -24,6 +24,7 @@ class Gather:
         axis: the axis that holds the heads.
         size: number of heads before; an axis of another size is left alone.
         keep: the heads that are kept.
+        rank: number of axes of the argument; any other is left alone (a bias without an axis of heads fits all heads).
         runs: whether the axis holds batch times heads.
     """
 
@@ -31,6 +32,7 @@ class Gather:
     axis: int
     size: int
     keep: tuple[int, ...]
+    rank: int
     runs: bool
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -44,7 +46,7 @@ class Gather:
 
     def take(self, value: Any) -> Any:
         """Return the kept heads of a tensor; anything without that many heads as it is."""
-        if not isinstance(value, torch.Tensor) or value.ndim <= self.axis:
+        if not isinstance(value, torch.Tensor) or value.ndim != self.rank:
             return value
         if not self.runs:
             return self._kept(value, self.axis) if value.shape[self.axis] == self.size else value
@@ -77,10 +79,10 @@ def _attend(module: Any, query: torch.Tensor, key: Any, value: Any, attention_ma
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     size, keep = module.config._fxslim_heads
-    gather = Gather("", 1, size, keep, False)
+    gather = Gather("", 1, size, keep, 4, False)
 
     def heads(given: Any) -> Any:
-        return gather.take(given) if isinstance(given, torch.Tensor) and given.ndim == 4 else given
+        return gather.take(given) if isinstance(given, torch.Tensor) else given
 
     base = underlying(module.config)._attn_implementation
     if base == "eager":

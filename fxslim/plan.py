@@ -257,6 +257,7 @@ class GatherEdit(Frozen):
         axis: the axis that holds the heads.
         size: number of heads before; an axis of any other size is left alone.
         keep: the heads that are kept.
+        rank: number of axes of the tensor that was seen; tensors of any other rank are left alone.
         runs: whether the axis holds batch times heads, every run of ``size`` one batch row.
     """
 
@@ -266,6 +267,7 @@ class GatherEdit(Frozen):
     axis: Count
     size: Count
     keep: tuple[Count, ...]
+    rank: Count
     runs: bool = False
 
 

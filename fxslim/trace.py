@@ -110,9 +110,14 @@ def _dynamic(value: Any) -> Any:
 
     if not isinstance(value, torch.Tensor):
         return None
-    image = value.ndim >= 4 and value.is_floating_point() and value.shape[-3] > 1
-    axes = range(value.ndim - 3 if image else value.ndim)  # open heights and widths cost minutes in windowed attention
+    # Open heights and widths cost minutes in windowed attention.
+    axes = range(value.ndim - 3 if _is_image(value) else value.ndim)
     return {axis: Dim.AUTO for axis in axes if value.shape[axis] > 1} or None
+
+
+def _is_image(value: torch.Tensor) -> bool:
+    """Tell whether a tensor looks like channels of heights and widths, whose sizes are fixed."""
+    return value.ndim >= 4 and value.is_floating_point() and bool(value.shape[-3] > 1)
 
 
 Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
@@ -296,11 +301,16 @@ def _fixed_sizes(graph: fx.Graph, inputs: tuple[str, ...]) -> tuple[str, ...]:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             continue
-        axes = (0, 1) if not value.is_floating_point() and value.ndim == 2 else (0,)
-        for axis in axes:
-            if not is_symbolic(value.shape[axis]):
+        last = value.ndim if value.ndim < 3 and not value.is_floating_point() else max(value.ndim - 1, 1)
+        for axis in range(last):  # the last axis of numbers are features
+            if not is_symbolic(value.shape[axis]) and not (axis and _is_image(value)):
                 notes.append(
                     f"{node.name}: axis {axis} is fixed at {int(value.shape[axis])}; the graph form accepts no other "
                     "size there (the module form does)."
                 )
+        if _is_image(value):
+            notes.append(
+                f"{node.name}: heights and widths are fixed at {tuple(map(int, value.shape[-2:]))}; the graph form "
+                "accepts no others (the module form takes what the model takes)."
+            )
     return tuple(notes)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fxslim.errors import InputError, RequestError
-from fxslim.passes.foldable import Still
+from fxslim.passes.folding.foldable import Still
 from fxslim.plan import Note, Site, SitePlan
 
 FFN = ("ffn", "gated_ffn")

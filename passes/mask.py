@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxslim.errors import PlanError
-from fxslim.passes.fold import fills, folded
+from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.narrow import check_fits
 from fxslim.plan import Plan, SitePlan
 from fxslim.program import named_tensors

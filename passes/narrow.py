@@ -14,7 +14,7 @@ from fxslim.errors import PlanError
 from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay
-from fxslim.passes.fold import check_fold, folded
+from fxslim.passes.folding.fold import check_fold, folded
 from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit, Plan, SitePlan
 from fxslim.program import forward_parameters, named_tensors
 
@@ -196,7 +196,7 @@ def apply_edit(module: nn.Module, edit: AnyEdit) -> None:
     elif isinstance(edit, ConfigEdit):
         owner.config = overlay(owner.config, {edit.name: edit.new})
     elif isinstance(edit, GatherEdit):
-        hook = Gather(edit.name, edit.axis, edit.size, edit.keep, edit.runs)
+        hook = Gather(edit.name, edit.axis, edit.size, edit.keep, edit.rank, edit.runs)
         owner.register_forward_pre_hook(hook, with_kwargs=True)
     elif isinstance(edit, AttentionEdit):
         gather_in_attention(owner, edit.size, edit.keep)

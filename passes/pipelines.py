@@ -16,12 +16,12 @@ from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
-from fxslim.passes.constants import constants
 from fxslim.passes.cut import Cut, closed
 from fxslim.passes.edits import find_edits, to_watch
 from fxslim.passes.emit import emit
 from fxslim.passes.find import Found, find
-from fxslim.passes.foldable import still
+from fxslim.passes.folding.constants import constants
+from fxslim.passes.folding.foldable import still
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
 from fxslim.passes.paths import Path, paths

@@ -15,7 +15,7 @@ from fxslim.errors import NarrowError
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
-from fxslim.passes.fold import fills, folded
+from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rules.walk import Use, parameter
 from fxslim.plan import SitePlan

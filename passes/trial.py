@@ -146,8 +146,9 @@ def _gathers(module: nn.Module, path: str, parts: Sequence[SitePlan], seen: Watc
                 for axis, size in enumerate(tensor.shape):
                     runs = axis == 0 and size == rows * units and size != units
                     if (size == units and axis < max(tensor.ndim - 1, 1)) or runs:
-                        edit = GatherEdit(module=path, name=name, axis=axis, size=units, keep=part.keep, runs=runs)
-                        made.setdefault((name, axis, runs, units), edit)
+                        edit = GatherEdit(module=path, name=name, axis=axis, size=units, keep=part.keep,
+                                          rank=tensor.ndim, runs=runs)  # fmt: skip
+                        made.setdefault((name, axis, runs, units, tensor.ndim), edit)
         for reader in seen.attention:
             made.setdefault((reader, units), AttentionEdit(module=reader, size=units, keep=part.keep))
     return list(made.values())

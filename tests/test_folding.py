@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 import fxslim
 from fxslim.errors import PlanError
 from fxslim.inputs import fresh
-from fxslim.passes.constants import constants
-from fxslim.passes.facts import Fact
+from fxslim.passes.folding.constants import constants
+from fxslim.passes.folding.facts import Fact
 from fxslim.passes.narrow import replay
 from fxslim.plan import Plan
 

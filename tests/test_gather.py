@@ -201,10 +201,10 @@ def test_narrowing_twice_gathers_once(name: str) -> None:
 def test_a_gather_takes_heads_and_leaves_everything_else() -> None:
     keep = (1, 3)
     biases = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
-    plain, runs = Gather("b", 1, 4, keep, False), Gather("b", 0, 4, keep, True)
+    plain, runs = Gather("b", 1, 4, keep, 3, False), Gather("b", 0, 4, keep, 2, True)
     assert torch.equal(plain.take(biases), biases[:, [1, 3]])
     other = torch.zeros(2, 5, 3)
-    for left in (other, torch.zeros(2), None, "b"):
+    for left in (other, torch.zeros(2), torch.zeros(3, 4), None, "b"):  # without an axis of heads it fits all of them
         assert plain.take(left) is left
     rows = biases.flatten(0, 1)  # two batch rows of four heads
     assert torch.equal(runs.take(rows), biases[:, [1, 3]].flatten(0, 1))
@@ -217,7 +217,7 @@ def test_a_gather_finds_its_argument_wherever_it_is_given() -> None:
         def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
             return x, bias
 
-    module, hook, bias = Takes(), Gather("bias", 1, 4, (0, 2), False), torch.randn(2, 4)
+    module, hook, bias = Takes(), Gather("bias", 1, 4, (0, 2), 2, False), torch.randn(2, 4)
     module.register_forward_pre_hook(hook, with_kwargs=True)
     for _, found in (module(bias, bias), module(bias, bias=bias)):
         assert torch.equal(found, bias[:, [0, 2]])

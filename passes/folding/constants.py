@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxslim.passes import products  # noqa: F401 - fills RULES
 from fxslim.passes.annotate import operation
-from fxslim.passes.facts import (
+from fxslim.passes.folding import products  # noqa: F401 - fills RULES
+from fxslim.passes.folding.facts import (
     CONSTANT,
     COPIES,
     RULES,

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from fxslim.passes.annotate import Labels, operation
-from fxslim.passes.constants import Constants
-from fxslim.passes.facts import CONSTANT, COPIES
-from fxslim.passes.products import PADDING, pads
+from fxslim.passes.folding.constants import Constants
+from fxslim.passes.folding.facts import CONSTANT, COPIES
+from fxslim.passes.folding.products import PADDING, pads
 from fxslim.passes.rules.movement import MOVES
 from fxslim.passes.rules.walk import Use, parameter
 from fxslim.plan import Fold, Site, Slice

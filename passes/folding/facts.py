@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxslim.passes.annotate import operation
-from fxslim.passes.dropouts import dropping
+from fxslim.passes.folding.dropouts import dropping
 from fxslim.passes.rules.movement import MOVES, anyhow
 from fxslim.passes.rules.walk import concrete, sizes
 from fxslim.program import Program, is_symbolic

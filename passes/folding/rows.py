@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxslim.passes.annotate import ASSERTIONS, POSITIONS, operation
-from fxslim.passes.facts import COPIES, moved
+from fxslim.passes.folding.facts import COPIES, moved
 from fxslim.passes.rules.movement import CREATIONS, MOVES, SPLITS
 from fxslim.passes.rules.walk import concrete, parameter, sizes
 from fxslim.program import Program

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxslim.passes.facts import CONSTANT, VARIES, Fact, Result, Tracker, fact, rule
-from fxslim.passes.rows import DROPOUT, HIDDEN, OTHER, UNKNOWN, bounded, unequal
+from fxslim.passes.folding.facts import CONSTANT, VARIES, Fact, Result, Tracker, fact, rule
+from fxslim.passes.folding.rows import DROPOUT, HIDDEN, OTHER, UNKNOWN, bounded, unequal
 from fxslim.passes.rules.contraction import letters_of, matmul_names
 from fxslim.passes.rules.walk import parameter, sizes
 from fxslim.program import module_path
