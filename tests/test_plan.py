@@ -285,7 +285,7 @@ def test_edits_chain() -> None:
     assert len(edits(("heads", 8, 4)).then(other).edits) == 2  # a config is another place
 
 
-@pytest.mark.parametrize("kind", [AttentionEdit, partial(GatherEdit, name="bias", axis=1), MultiheadEdit])
+@pytest.mark.parametrize("kind", [AttentionEdit, partial(GatherEdit, name="bias", axis=1, rank=4), MultiheadEdit])
 def test_gathers_are_composed(kind: Any) -> None:
     first = _plan(edits=(kind(module="m", size=6, keep=(0, 2, 3, 5)),))
     second = _plan(edits=(kind(module="m", size=4, keep=(1, 3)), kind(module="n", size=4, keep=(0,))))
