@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError
 from fxslim.exporter import applies, export_patched
-from fxslim.functional import functionalize
+from fxslim.functional import functionalize, mutates
 from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic
 from fxslim.sharing import named_once, refuse, share, transient_names, without_caches
 from fxslim.spelling import inline_regions, spell_shapes
@@ -46,11 +46,17 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
     without_caches(shadow)
     with quiet(), torch.no_grad():
         exported, example = _export(shadow, candidates, type(model).__name__)
-        if not functionalize(copy.deepcopy(exported.graph)):
+        if not _writes_nothing(exported):
             exported = exported.run_decompositions({})
     program = _program(model, exported, example, filled)
     given = next(candidate for candidate in candidates if candidate.keys() == example.keys())
     return replace(program, notes=(*program.notes, *_plain_notes(given, example)))
+
+
+def _writes_nothing(exported: torch.export.ExportedProgram) -> bool:
+    """Tell whether a graph is functional, or can be made so without taking its operations apart."""
+    graph = exported.graph
+    return not any(mutates(node) for node in graph.nodes) or functionalize(copy.deepcopy(graph))
 
 
 def _plain_notes(given: Mapping[str, Any], example: Mapping[str, Any]) -> tuple[str, ...]:
@@ -79,7 +85,7 @@ def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any
         exported, example = _export(shadow, (own,), type(module).__name__)
         if pytree.tree_structure(example) != pytree.tree_structure(own):
             raise TraceError("it can be traced for plain numbers only where it is given a tensor")
-        if not functionalize(copy.deepcopy(exported.graph)):
+        if not _writes_nothing(exported):
             exported = exported.run_decompositions({})
     if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
         raise TraceError("it changes a buffer or an input in place")
