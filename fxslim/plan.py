@@ -151,6 +151,11 @@ class Site(Frozen):
         return self
 
     @property
+    def of_values(self) -> bool:
+        """Tell whether the units are value channels of an attention whose heads do not go."""
+        return self.kind == "generic" and self.roles.keys() == {"v", "out"}
+
+    @property
     def group_count(self) -> int:
         """Return the number of groups (key/value heads); one per unit where units are free."""
         return self.units if self.groups is None else max(self.groups) + 1

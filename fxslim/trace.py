@@ -46,17 +46,16 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
     without_caches(shadow)
     with quiet(), torch.no_grad():
         exported, example = _export(shadow, candidates, type(model).__name__)
-        if not _writes_nothing(exported):
-            exported = exported.run_decompositions({})
+        exported = _without_writes(exported)
     program = _program(model, exported, example, filled)
     given = next(candidate for candidate in candidates if candidate.keys() == example.keys())
     return replace(program, notes=(*program.notes, *_plain_notes(given, example)))
 
 
-def _writes_nothing(exported: torch.export.ExportedProgram) -> bool:
-    """Tell whether a graph is functional, or can be made so without taking its operations apart."""
-    graph = exported.graph
-    return not any(mutates(node) for node in graph.nodes) or functionalize(copy.deepcopy(graph))
+def _without_writes(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take operations apart where in-place ones cannot be made functional one by one."""
+    written = any(mutates(node) for node in exported.graph.nodes)
+    return exported.run_decompositions({}) if written and not functionalize(copy.deepcopy(exported.graph)) else exported
 
 
 def _plain_notes(given: Mapping[str, Any], example: Mapping[str, Any]) -> tuple[str, ...]:
@@ -85,8 +84,7 @@ def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any
         exported, example = _export(shadow, (own,), type(module).__name__)
         if pytree.tree_structure(example) != pytree.tree_structure(own):
             raise TraceError("it can be traced for plain numbers only where it is given a tensor")
-        if not _writes_nothing(exported):
-            exported = exported.run_decompositions({})
+        exported = _without_writes(exported)
     if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
         raise TraceError("it changes a buffer or an input in place")
     program = _program(module, exported, example, frozenset())

@@ -265,7 +265,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     """Take out the asked fraction, zeros first, then by ascending score."""
     gone = np.zeros(site.units, dtype=bool)
     zero, scores = seen.zero, seen.scores
-    asked = ("ffn", request.ffn) if site.kind in FFN else ("value", request.value) if _of_values(site) else None
+    asked = ("ffn", request.ffn) if site.kind in FFN else ("value", request.value) if site.of_values else None
     if asked is not None:
         name, fraction = asked
         every = _members(site)
@@ -292,11 +292,6 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
             each = f" per group of {len(_members(site)[0])}" if site.groups is not None else f" of {site.units} heads"
             note = f"heads={request.heads} is less than one head{each}"
     return gone, note
-
-
-def _of_values(site: Site) -> bool:
-    """Tell whether a site's units are the value channels of an attention whose heads do not go."""
-    return site.kind == "generic" and site.roles.keys() == {"v", "out"}
 
 
 def _count(fraction: float, units: int) -> int:
@@ -329,9 +324,9 @@ def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
     kinds = {site.kind for site in sites}
     if request.ffn and not kinds & set(FFN):
         yield Note(where="ffn", reason="no feed-forward site was found; fxslim.inspect(model) says why")
-    if (request.heads or request.kv_groups) and "attention" not in kinds and not any(map(_of_values, sites)):
+    if (request.heads or request.kv_groups) and "attention" not in kinds and not any(site.of_values for site in sites):
         yield Note(where="heads", reason="no attention site was found; fxslim.inspect(model) says why")
-    if request.value and not any(map(_of_values, sites)):
+    if request.value and not any(site.of_values for site in sites):
         yield Note(where="value", reason="no attention was found whose heads stay and whose value channels can go")
 
 

@@ -17,8 +17,8 @@ from fxslim.labels import Value, axes_of
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
-from fxslim.passes.rules.contraction import COPIES, PICKS
-from fxslim.passes.rules.movement import MOVES
+from fxslim.passes.rules.contraction import PICKS
+from fxslim.passes.rules.movement import COPIES, MOVES
 from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
 from fxslim.program import Program, module_path, shape_of
@@ -332,7 +332,7 @@ class _Search:
         """Components that some product reads through more than a move or a cast of one tensor."""
         found: set[int] = set()
         for use in self.labels.contracted:
-            if not _moved_tensor(self.program, use.weight):
+            if tensor_behind(self.program, use.weight, (*MOVES, *COPIES, *PICKS)) is None:
                 found.update(np.unique(self.components.of[use.labels.numpy()]).tolist())
         return frozenset(found)
 
@@ -446,14 +446,20 @@ class _Search:
             yield Refusal(key[0], len(rows), reason, self._produced_by_one(distinct))
 
 
-def _moved_tensor(program: Program, node: fx.Node | None) -> bool:
-    """Tell whether a value is one tensor of the model, at most moved, cast, or entries of it picked by data."""
+def tensor_behind(program: Program, node: fx.Node | None, through: tuple[str, ...]) -> str | None:
+    """Return the tensor of the model that a value is behind some operations, or None.
+
+    Args:
+        program: the program.
+        node: the value.
+        through: operations that leave it that tensor: moves, casts, picks of entries.
+    """
     while node is not None and node.op == "call_function":
-        moved = operation(node) in (*MOVES, *COPIES) and len(node.all_input_nodes) == 1
-        if not moved and operation(node) not in PICKS:
-            return False
+        name = operation(node)
+        if name not in through or (name not in PICKS and len(node.all_input_nodes) != 1):
+            return None
         node = node.all_input_nodes[0]
-    return node is not None and program.tensor_name(node) is not None
+    return program.tensor_name(node)
 
 
 def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:

@@ -16,9 +16,6 @@ from fxslim.passes.name import Naming
 from fxslim.plan import Kind, Note, Site, Slice
 from fxslim.program import Program, common_path, module_path
 
-VALUE_CHANNELS = ("v", "out")
-"""Roles of a site inside an attention whose heads do not go: its units are value channels."""
-
 
 @dataclass(frozen=True)
 class Sites:
@@ -64,14 +61,10 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
     heads = tuple(
         Note(where=site.name, reason=f"{reason}; value= takes value channels")
         for site in sites
-        if (reason := families[site.name].heads_refused or _unseen(site))
+        if (reason := families[site.name].heads_refused or ("its heads are not told apart" if site.of_values else ""))
     )
     pinned, refused = (*pinned, *heads, *_unread(program)), (*refused, *heads)
     return Sites(tuple(sites), families, pinned, refused, _feeds(program, labels, families), naming)
-
-
-def _unseen(site: Site) -> str:
-    return "its heads are not told apart" if site.kind == "generic" and site.roles.keys() == set(VALUE_CHANNELS) else ""
 
 
 def _unread(program: Program) -> tuple[Note, ...]:
@@ -97,7 +90,7 @@ def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Fam
         name, number = f"{base}#{number}", number + 1
     roles = dict(match.roles) if match is not None and kind == match.kind else {}
     if match is not None and match.kind == "attention" and not family.scored:
-        roles = {role: match.roles[role] for role in VALUE_CHANNELS}
+        roles = {role: match.roles[role] for role in ("v", "out")}  # its units are value channels
     return Site(name=name, kind=kind, module=module, units=family.units, groups=family.groups, slices=family.slices,
                 roles=roles, task_head=head)  # fmt: skip
 

@@ -114,7 +114,7 @@ def split(tracker: Tracker, node: fx.Node) -> Result:
     return tuple(fact(state, value) for state, value in zip(states, values, strict=True))
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_as")
+@rule("aten.expand", "aten.broadcast_to")
 def expand(tracker: Tracker, node: fx.Node) -> Result:
     """Copies hold what the original holds."""
     known = tracker.known(node.args[0])
@@ -207,7 +207,7 @@ def pointwise(tracker: Tracker, node: fx.Node) -> Result:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return None
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if random or operation(node).endswith(("_like", "view_as", "reshape_as")):
+    if random or operation(node).endswith("_like"):
         return None
     reads = {argument: tracker.operand(argument) for argument in node.all_input_nodes}
     known = {argument: found for argument, found in reads.items() if found is not None}

@@ -12,12 +12,12 @@ from torch import fx, nn
 
 from fxslim.passes.annotate import operation
 from fxslim.passes.folding.dropouts import dropping
+from fxslim.passes.rules.movement import COPIES as CASTS
 from fxslim.passes.rules.movement import MOVES, anyhow
 from fxslim.passes.rules.walk import concrete, sizes
 from fxslim.program import Program, is_symbolic
 
-COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias",
-          "aten.lift_fresh_copy", "aten.type_as")  # fmt: skip
+COPIES = (*CASTS, "aten.lift_fresh_copy", "aten.type_as")
 SMALL = 1 << 16
 """Elements up to which a tensor of the model is cast or computed with; larger ones are only viewed."""
 

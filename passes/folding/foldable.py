@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxslim.passes.annotate import Labels, operation
+from fxslim.passes.find import tensor_behind
 from fxslim.passes.folding.constants import Constants
 from fxslim.passes.folding.facts import CONSTANT, COPIES
 from fxslim.passes.folding.products import PADDING, pads
@@ -212,11 +213,7 @@ def _bias(node: fx.Node) -> object:
 
 def _source(program: Program, node: fx.Node | None) -> str | None:
     """Return the tensor of the model that a value is, at most moved or cast."""
-    while node is not None and node.op == "call_function":
-        if operation(node) not in (*MOVES, *COPIES) or len(node.all_input_nodes) != 1:
-            return None
-        node = node.all_input_nodes[0]
-    return program.tensor_name(node)
+    return tensor_behind(program, node, (*MOVES, *COPIES))
 
 
 def _zero(tensor: torch.Tensor, dim: int) -> np.ndarray:

@@ -27,8 +27,8 @@ SCALES = ("aten.mul", "aten.div")
 SUMS = ("aten.add", "aten.sub", "aten.rsub", "aten.baddbmm")
 CHOICES = ("aten.where", "aten.masked_fill", "aten.full", "aten.full_like", "aten.fill", "aten.scalar_tensor",
            "aten.zeros_like", "aten.ones_like", *CREATIONS)  # fmt: skip
-SHAPES = (*MOVES, *SPLITS, *COPIES, "aten.expand", "aten.broadcast_to", "aten.expand_as", "aten.repeat", "aten.cat",
-          "aten.neg", "aten.tanh", "aten.view_as", "aten.index", "aten.embedding", "aten.gather", "aten.dropout",
+SHAPES = (*MOVES, *SPLITS, *COPIES, "aten.expand", "aten.broadcast_to", "aten.repeat", "aten.cat",
+          "aten.neg", "aten.tanh", "aten.index", "aten.embedding", "aten.gather", "aten.dropout",
           "aten.tril", "aten.triu", "aten.repeat_interleave")  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Value, axes_of
-from fxslim.passes.rules.movement import MOVES, repeat_axis
+from fxslim.passes.rules.movement import COPIES, MOVES, repeat_axis
 from fxslim.passes.rules.walk import Use, Walk, parameter, pin_axis, rule, sizes
 
 
@@ -105,7 +105,6 @@ def is_parameter(value: Value) -> bool:
 
 
 PICKS = ("aten.index", "aten.index_select")
-COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias")
 PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.matmul", "aten.addmm", "aten.baddbmm", "aten.einsum")
 
 

@@ -18,6 +18,8 @@ MOVES = (
     "aten.adjoint", "aten.diagonal", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.rot90", "aten.ravel",
     "aten.matrix_H", "aten.moveaxis",
 )  # fmt: skip
+COPIES = ("aten.to", "aten._to_copy", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias")
+"""Casts and copies: the values stay where they are."""
 SPLITS = (
     "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.tensor_split", "aten.unsafe_split",
     "aten.unsafe_chunk",
