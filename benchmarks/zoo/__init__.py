@@ -1,0 +1,1 @@
+"""The zoo: tiny models of every family in transformers, each one masked, narrowed both ways, and compared."""

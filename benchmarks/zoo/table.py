@@ -1,0 +1,65 @@
+"""Write what came of the zoo as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.zoo.check import Form, Row
+
+HEAD = ("model", "class", "sites", "oracle", "`slim`", "`compile`", "generates", "survives", "s", "what is missing")
+
+
+def totals(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the counts that the README quotes."""
+    prunable = sum(row.prunable for row in rows)
+    forms = ("slim", "compile")
+    return {
+        "cases": len(rows),
+        "families": len({row.name for row in rows}),
+        "narrowed": {form: sum(row.passes(form) for row in rows) for form in forms},
+        "narrowed or in place": {form: sum(row.passes(form, in_place=True) for row in rows) for form in forms},
+        "wrong": sum(made.outcome == "wrong" for row in rows for made in (row.slim, row.compile)),
+        "prunable": prunable,
+        "in sites": sum(row.found for row in rows),
+        "smaller": {form: sum(getattr(row, form).narrowed for row in rows) for form in forms},
+        "seconds": round(sum(row.seconds for row in rows)),
+        "slowest": round(max((row.seconds for row in rows), default=0.0), 1),
+    }
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return the totals in words."""
+    t = totals(rows)
+    cases, prunable = t["cases"], max(t["prunable"], 1)
+    lines = [f"{cases} cases of {t['families']} families.", "", "| | `slim` | `compile` |", "| --- | --- | --- |"]
+    for name in ("narrowed", "narrowed or in place"):
+        lines.append(f"| pass, {name} | " + " | ".join(_share(t[name][form], cases) for form in ("slim", "compile")) + " |")
+    smaller = " | ".join(_share(t["smaller"][form], prunable) for form in ("slim", "compile"))
+    lines.append(f"| prunable linears (oracle: {t['prunable']}, in sites: {_share(t['in sites'], prunable)}) that got smaller | {smaller} |")
+    lines += ["", f"Wrong answers: {t['wrong']}. Seconds on one core: {t['seconds']} in all, {t['slowest']:g} for the slowest."]
+    return "\n".join(lines)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.1%})"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return totals and one line a case."""
+    lines = ["# The zoo", "", summary(rows), "", f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    sites = ", ".join(f"{count} {kind}" for kind, count in sorted(row.sites.items()))
+    oracle = f"{row.found}/{row.prunable}" if row.prunable else ""
+    missing = row.failure().replace("|", "/")
+    forms = (_form(row.slim), _form(row.compile))
+    generates = row.generates.partition(":")[0]
+    return (row.name, row.model, sites, oracle, *forms, generates, row.survives[:3], f"{row.seconds:.1f}", missing)
+
+
+def _form(form: Form) -> str:
+    return f"{form.outcome} {form.worst:.0e}" if form.worst else form.outcome
