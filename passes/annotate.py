@@ -189,7 +189,11 @@ def _apply(walk: Walk, node: fx.Node) -> Any:
         handler = pointwise.pointwise
     if handler is None:
         return _unknown(walk, node, name)
-    return handler(walk, node)
+    try:
+        return handler(walk, node)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        said = " ".join(str(error).split())[:120]
+        return walk.opaque(node, f"the rule for {name} does not cover this call ({type(error).__name__}: {said})")
 
 
 def _unknown(walk: Walk, node: fx.Node, name: str) -> Any:

@@ -23,6 +23,7 @@ SIZE_ATTRIBUTES = {
     "out": ("out_features", "nf", "out_channels", "num_features", "embedding_dim"),
 }
 """Integers in which torch's and transformers' own layers repeat the shape of their weight."""
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CACHE_SHAPE = "_get_static_cache_init_shape"
 """Method of transformers' models that reads heads and their width off the config, to make caches before the first call;
 None lets them be made at the first call."""
@@ -170,6 +171,8 @@ def _attributes(module: nn.Module, plan: Plan) -> None:
             size = int(getattr(owner, leaf).shape[piece.dim])
             if leaf != "weight":
                 continue
+            if vars(owner).get("groups") == piece.size and piece.dim == 0 and isinstance(owner, CONVOLUTIONS):
+                owner.groups = owner.in_channels = size  # depthwise: one group a channel
             for name in SIZE_ATTRIBUTES[piece.role]:
                 if vars(owner).get(name) == piece.size:
                     setattr(owner, name, size)
@@ -191,7 +194,7 @@ def apply_edit(module: nn.Module, edit: AnyEdit) -> None:
     owner = module.get_submodule(edit.module)
     if isinstance(edit, AttributeEdit):
         setattr(owner, edit.name, edit.new)
-        if edit.name == "groups" and isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if edit.name == "groups" and isinstance(owner, CONVOLUTIONS):
             owner.in_channels = owner.weight.shape[1] * edit.new
     elif isinstance(edit, ConfigEdit):
         owner.config = overlay(owner.config, {edit.name: edit.new})

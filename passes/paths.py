@@ -19,6 +19,8 @@ from fxslim.passes.training import drawing, repeatable, training
 from fxslim.program import forward_parameters
 
 NEW_TOKENS = 3
+SETTINGS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "labels")
+"""Inputs of ``forward`` that generation sets by itself, or has no use for."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Path:
         fused: whether layers of torch's own may run as one kernel each. Their results at padding differ from those of
             the operations they stand for, which are what a graph holds.
         training: whether to run in training mode, with nothing dropped.
+        own: whether nobody asked for it: a model that cannot be run this way is verified along the others.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Path:
     generate: bool = False
     fused: bool = False
     training: bool = False
+    own: bool = False
 
     def run(self, model: nn.Module) -> list[torch.Tensor]:
         """Return the tensors that the model returns along this path.
@@ -94,11 +98,11 @@ def paths(
     if len(bare) < len(inputs):
         found.append(Path("without mask", bare))
     for other in _other_attention(model):
-        found.append(Path(f"{other} attention", inputs, attention=other))
+        found.append(Path(f"{other} attention", inputs, attention=other, own=True))
         if len(bare) < len(inputs):
-            found.append(Path(f"{other} attention without mask", bare, attention=other))
+            found.append(Path(f"{other} attention without mask", bare, attention=other, own=True))
     if generates(model) and "input_ids" in inputs:
-        found.append(Path("generate with cache", inputs, generate=True))
+        found.append(Path("generate with cache", inputs, generate=True, own=True))
     if given is not None and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         fused = Path("fused layers", given, fused=True)
         if all(bool(t.isfinite().all()) for t in fused.run(model)):  # rows without a key: NaN fused, zero otherwise
@@ -183,7 +187,7 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
 
 def _generate(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Return the logits of a few greedy steps with a cache."""
-    prompt = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    prompt = {name: value for name, value in inputs.items() if not name.startswith("decoder_") and name not in SETTINGS}
     names, _, _ = forward_parameters(model)
     if "attention_mask" in prompt and not getattr(model.config, "is_encoder_decoder", False):
         prompt["attention_mask"] = torch.ones_like(prompt["attention_mask"])  # decoders would want left padding

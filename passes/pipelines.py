@@ -239,10 +239,11 @@ def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...]) -> Cut:
 
 @dataclass(frozen=True)
 class References:
-    """What the masked model returns, and what was seen of its modules while it ran."""
+    """What the masked model returns, what was seen of its modules while it ran, and which paths it cannot be run along."""
 
     references: tuple[Reference, ...]
     watches: Mapping[str, Watch]
+    skipped: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,9 @@ class Refer:
 
     def _refer(self, model: nn.Module, plan: Plan, modules: tuple[str, ...], ways: tuple[Path, ...]) -> References:
         watches = {path: Watch() for path in modules}
-        return References(refer(model, plan, ways, around=lambda way: watching(model, watches, way)), watches)
+        skipped: list[Note] = []
+        made = refer(model, plan, ways, around=lambda way: watching(model, watches, way), skipped=skipped)
+        return References(made, watches, tuple(skipped))
 
     def _ways(self, program: Program, model: nn.Module, vary: Vary) -> tuple[Path, ...]:
         """Return the paths to run; those that a graph cannot take are left out."""
@@ -441,7 +444,7 @@ def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
 class Account:
     """Count what was saved. Ensures: a report."""
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Cut, Plan, Narrowed, Verification)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Cut, Plan, References, Narrowed, Verification)
     ensures: ClassVar[tuple[type, ...]] = (Report,)
 
     def run(self, facts: Facts) -> Facts:
@@ -452,6 +455,7 @@ class Account:
         if is_regional(facts.get(Narrowed).module):
             reason = "the model's own module, with a graph in the place of each region's forward; for inference"
             notes.insert(0, Note(where="graph form", reason=reason))
+        notes.extend(facts.get(References).skipped)
         if before.uncounted:
             notes.append(Note(where="MACs", reason=f"not counted: {', '.join(before.uncounted)}"))
         return facts.adding(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxslim.errors import FxslimError, InputError, VerifyError
 from fxslim.passes.mask import masked
 from fxslim.passes.paths import Path
-from fxslim.plan import Plan
+from fxslim.plan import Note, Plan
 from fxslim.report import Difference, Verification
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -68,13 +68,33 @@ def refer(
     paths: Sequence[Path],
     *,
     around: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
+    skipped: list[Note] | None = None,
 ) -> tuple[Reference, ...]:
-    """Run the masked dense model along every path, each time inside a context of the caller's."""
+    """Run the masked dense model along every path, each time inside a context of the caller's.
+
+    Args:
+        model: the dense model.
+        plan: what is masked.
+        paths: the paths; those of our own that the model cannot be run along are left out.
+        around: a context for each run.
+        skipped: takes a note for each path that was left out.
+    """
     wide = _wide(model) if paths else None
     made = []
     for path in paths:
-        with masked(model, plan), around(path), _LowestFloat() as seen:  # type: ignore[no-untyped-call]
-            outputs = path.run(model)
+        try:
+            with masked(model, plan), around(path), _LowestFloat() as seen:  # type: ignore[no-untyped-call]
+                outputs = path.run(model)
+        except FxslimError:
+            raise
+        except Exception as error:
+            if not path.own:
+                raise
+            if skipped is not None:
+                said = " ".join(str(error).split())[:200]
+                reason = f"the dense model cannot be run this way: {type(error).__name__}: {said}"
+                skipped.append(Note(where=f"not verified: {path.name}", reason=reason))
+            continue
         exact = None
         if wide is not None:
             with masked(wide, plan):

@@ -150,7 +150,8 @@ def _run(case: Case, row: Row) -> None:
             return Form(outcome, f"{type(error).__name__}: {_said(error)}"), None
         except Exception as error:  # noqa: BLE001
             return Form("crash", _said(error)), None
-        return _compare(model, small, plan, inputs, tolerance, producers), small
+        graph = make is fxslim.compile
+        return _compare(model, small, plan, inputs, tolerance, producers, graph=graph), small
 
     row.slim, small = form(fxslim.slim)
     row.compile, _ = form(fxslim.compile)
@@ -191,10 +192,12 @@ def _account(row: Row, model: nn.Module, found: fxslim.Inspection, probes: list[
     canonical = _canonical(model)
     produced = {piece.tensor for site in found.sites for piece in site.slices if piece.role == "out"}
     consumed = {piece.tensor for site in found.sites for piece in site.slices if piece.role == "in"}
-    noted = {note.where: note.reason for note in (*found.pinned, *found.notes)}
+    said = {note.where: note.reason for note in (*found.pinned, *found.notes)}
+    noted = {path: reason for where, reason in said.items() for path in where.split(", ")}
+    inside = {piece.tensor: said[site.name] for site in found.sites for piece in site.slices if site.name in said}
     for probe in probes:
-        weight = canonical[f"{probe.producer}.weight"]
-        if canonical[f"{probe.producer}.weight"] not in consumed and not _spoken(probe.producer, weight, noted):
+        weight = canonical.get(f"{probe.producer}.weight", f"{probe.producer}.weight")
+        if weight not in consumed and not _spoken(probe.producer, weight, noted):
             row.silent.append(probe.producer)
         if not probe.prunable:
             continue
@@ -202,8 +205,8 @@ def _account(row: Row, model: nn.Module, found: fxslim.Inspection, probes: list[
         if weight in produced:
             row.found += 1
             continue
-        consumer = canonical[f"{probe.consumer}.weight"]
-        reason = _spoken(probe.consumer, consumer, noted)
+        consumer = canonical.get(f"{probe.consumer}.weight", f"{probe.consumer}.weight")
+        reason = inside.get(consumer) or _spoken(probe.consumer, consumer, noted)
         if reason:
             row.reasons.setdefault(reason, []).append(probe.producer)
         else:
@@ -225,11 +228,17 @@ def _canonical(model: nn.Module) -> dict[str, str]:
 
 
 def _compare(
-    model: nn.Module, small: Any, plan: Plan, inputs: Mapping[str, Any], tolerance: float, producers: set[str]
+    model: nn.Module,
+    small: Any,
+    plan: Plan,
+    inputs: Mapping[str, Any],
+    tolerance: float,
+    producers: set[str],
+    *,
+    graph: bool,
 ) -> Form:
     """Compare a narrowed model with the masked one on every variant that the dense model takes."""
     compared, worst = [], 0.0
-    graph = type(small) is not type(model)
     for name, varied in variants(inputs):
         try:
             with without_caches(model), fxslim.masked(model, plan):
@@ -261,7 +270,7 @@ def _compare(
         piece.tensor for part in made if part.site.name not in stays for piece in part.site.slices if piece.role == "out"
     }
     canonical = _canonical(model)
-    narrowed = sum(canonical[f"{path}.weight"] in smaller for path in producers)
+    narrowed = sum(canonical.get(f"{path}.weight", f"{path}.weight") in smaller for path in producers)
     reported = {note.where: note.reason for note in small.fxslim.report.not_done}
     if stays - reported.keys():
         return Form("wrong", f"in place and not reported: {sorted(stays - reported.keys())}")
@@ -294,7 +303,7 @@ def _generates(model: Any, small: Any, plan: Plan, inputs: Mapping[str, Any]) ->
     if not (callable(getattr(model, "can_generate", None)) and model.can_generate()):
         return ""
     dropped = ("labels", "decoder_input_ids", "decoder_attention_mask", "use_cache", "return_dict")
-    prompt = {k: v for k, v in inputs.items() if k not in dropped}
+    prompt = {k: v for k, v in inputs.items() if k not in dropped and not k.startswith("output_")}
     bare = {k: v for k, v in prompt.items() if k in ("input_ids", "attention_mask", "input_features", "pixel_values")}
 
     def greedy(which: Any, given: Mapping[str, Any]) -> Tensor:

@@ -70,14 +70,19 @@ def contract(
         touched = axes_of(labels) & set(sums)
         if not touched:
             rest.append(labels)
-        elif by_weight:
+        elif by_weight and not _shared(axes_of(labels) - touched, weight):
             walk.tie_along(labels, sorted(axes_of(labels) - touched))
         else:
             rest.append(walk.tie_along(labels, sorted(touched)))
-            walk.scores.append(rest[-1])
+            walk.scores.extend([] if by_weight else rest[-1:])
     count = len(out)
     kept = tuple(labels.reshape(labels.shape[:count]) for labels in rest)
     return walk.tidy(Value(shape[:count], kept, joined.origin, joined.looked_up))
+
+
+def _shared(axes: frozenset[int], weight: Value) -> bool:
+    """Tell whether a weight has a matrix of its own for each place along some axes: one for each head."""
+    return bool(axes) and all(weight.shape[axis] > 1 for axis in axes)
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

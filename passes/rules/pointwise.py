@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxslim.labels import Value
+from fxslim.labels import CONSTANT, Value
+from fxslim.passes.rules.movement import COPIES, MOVES
 from fxslim.passes.rules.walk import Walk, rule, sizes
 
 LIKE_POINTWISE = (
     "aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.contiguous", "aten.clone", "aten.detach",
-    "aten.alias", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.to", "aten._to_copy", "aten.type_as", "aten.where",
+    "aten.alias", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.to", "aten._to_copy", "aten.where",
     "aten.masked_fill", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
     "aten.randn_like", "aten.float", "aten.half", "aten.gelu", "aten.silu", "aten.mish", "aten.hardswish",
     "aten.native_dropout", "aten._conj", "aten.resolve_conj", "aten.resolve_neg", "aten.positive", "aten.copy",
@@ -27,12 +29,55 @@ LIKE_POINTWISE = (
 def pointwise(walk: Walk, node: fx.Node) -> Any:
     """Join every operand element by element."""
     value = node.meta.get("val")
+    if str(node.target) == "aten.to.other":
+        return cast(walk, node)
     if not isinstance(value, torch.Tensor):
         if isinstance(value, tuple | list):
             joined = walk.join(walk.operands(node), tuple(walk.operands(node)[0].shape))
             return tuple(joined if isinstance(item, torch.Tensor) else None for item in value)
         return None
-    return walk.join(walk.operands(node), sizes(node))
+    return walk.join(lent(walk, node), sizes(node))
+
+
+LOOKUPS = ("aten.embedding", "aten.index", "aten.index_select")
+
+
+def lent(walk: Walk, node: fx.Node) -> list[Value]:
+    """Return a node's operands; what was looked up in a table and only moved since lends itself to computed data.
+
+    A table of position biases may serve many layers, whatever picks its rows: like a constant, it is a parent of the
+    data it meets, and gathered there. Where nothing but tables meets (sums of embeddings), they are plain data.
+    """
+    read = [argument for argument in node.all_input_nodes if isinstance(walk.values.get(argument), Value)]
+    tables = [_is_lookup(walk, argument) for argument in read]
+    operands = [walk.value(argument) for argument in read]
+    computed = any(
+        own.labels and own.origin != CONSTANT and not table for own, table in zip(operands, tables, strict=True)
+    )
+    if not computed or not any(tables):
+        return walk.operands(node)
+    return [
+        dataclasses.replace(own, origin=CONSTANT) if table else own for own, table in zip(operands, tables, strict=True)
+    ]
+
+
+def _is_lookup(walk: Walk, node: fx.Node) -> bool:
+    """Tell whether a value is rows of a parameter that an index picked, at most moved since."""
+    picked = False
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        name = str(getattr(node.target, "overloadpacket", ""))
+        picked = picked or name in LOOKUPS
+        if name not in (*LOOKUPS, *MOVES, *COPIES):
+            return False
+        node = node.args[0]
+    own = walk.value(node)
+    return picked and own.origin == CONSTANT and not own.looked_up and bool(own.labels)
+
+
+@rule("aten.type_as")
+def cast(walk: Walk, node: fx.Node) -> Value:
+    """Cast the first operand; the second one lends its dtype and nothing else."""
+    return walk.join([walk.value(node.args[0])], sizes(node))
 
 
 @rule("aten.view_as", "aten.reshape_as")

@@ -101,12 +101,23 @@ POOLS = (
 )  # fmt: skip
 
 
+def _passes(node: fx.Node, place: int) -> bool:
+    """Tell whether a pool leaves one of its axes as it is: windows of one, one after the other."""
+    if "adaptive" in str(node.target) or "pool" not in str(node.target):
+        return False
+    window, stride, padding = (concrete(parameter(node, name, position, default)) for name, position, default in
+                               (("kernel_size", 1, None), ("stride", 2, []), ("padding", 3, 0)))  # fmt: skip
+    sizes_ = [x[place % len(x)] if isinstance(x, list | tuple) and x else x for x in (window, stride or window, padding)]
+    return sizes_ in ([1, 1, 0], [1, 1, []])
+
+
 @rule(*POOLS)
 def pool(walk: Walk, node: fx.Node) -> Any:
     """Pooling and resizing mix places, (B, C, ...) or (C, ...), not channels."""
     value = walk.value(node.args[0])
-    places = len(value.shape) - int(next(digit for digit in str(node.target).split(".")[1] if digit.isdigit()))
-    if any(axes_of(labels) & set(range(places, len(value.shape))) for labels in value.labels):
+    count = int(next(digit for digit in str(node.target).split(".")[1] if digit.isdigit()))
+    mixed = [len(value.shape) - count + i for i in range(count) if not _passes(node, i)]
+    if any(axes_of(labels) & set(mixed) for labels in value.labels):
         return walk.opaque(node, f"{node.target} over a labelled axis")
     if isinstance(node.meta["val"], tuple | list):
         return walk.opaque(node, f"no rule for the indices of {node.target}")
