@@ -68,6 +68,10 @@ def _skeleton(model: nn.Module, mine: torch.dtype, other: torch.dtype) -> nn.Mod
     for tensor in named_tensors(model).values():
         made = _cast(tensor.detach(), mine, other)
         memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    for module in model.modules():
+        for leaf in pytree.tree_leaves([value for name, value in vars(module).items() if name != "_modules"]):
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in memo:  # tensors that a module keeps by the way
+                memo[id(leaf)] = _cast(leaf.detach(), mine, other)
     return copy.deepcopy(model, memo)
 
 

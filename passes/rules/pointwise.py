@@ -43,7 +43,7 @@ LOOKUPS = ("aten.embedding", "aten.index", "aten.index_select")
 
 
 def lent(walk: Walk, node: fx.Node) -> list[Value]:
-    """Return a node's operands; what was looked up in a table and only moved since lends itself to computed data.
+    """Return a node's operands; what was only looked up in tables lends itself to computed data.
 
     A table of position biases may serve many layers, whatever picks its rows: like a constant, it is a parent of the
     data it meets, and gathered there. Where nothing but tables meets (sums of embeddings), they are plain data.
@@ -62,16 +62,25 @@ def lent(walk: Walk, node: fx.Node) -> list[Value]:
 
 
 def _is_lookup(walk: Walk, node: fx.Node) -> bool:
-    """Tell whether a value is rows of a parameter that an index picked, at most moved since."""
-    picked = False
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        name = str(getattr(node.target, "overloadpacket", ""))
-        picked = picked or name in LOOKUPS
-        if name not in (*LOOKUPS, *MOVES, *COPIES):
-            return False
-        node = node.args[0]
-    own = walk.value(node)
-    return picked and own.origin == CONSTANT and not own.looked_up and bool(own.labels)
+    """Tell whether a value is rows of parameters that an index picked, moved, scaled and added up since, no more."""
+    name = str(getattr(node.target, "overloadpacket", ""))
+    read = [argument for argument in node.all_input_nodes if isinstance(walk.values.get(argument), Value)]
+    if node.op != "call_function" or not read:
+        return False
+    if name in LOOKUPS and read[0] is node.args[0] and _is_table(walk, read[0]):
+        return True
+    if name in (*MOVES, *COPIES):
+        return _is_lookup(walk, read[0])
+    labelled = [argument for argument in read if walk.value(argument).labels]
+    return name in SUMS and bool(labelled) and all(_is_lookup(walk, argument) for argument in labelled)
+
+
+SUMS = ("aten.add", "aten.sub", "aten.mul", "aten.div")
+
+
+def _is_table(walk: Walk, node: fx.Node) -> bool:
+    value = walk.value(node)
+    return value.origin == CONSTANT and not value.looked_up and bool(value.labels)
 
 
 @rule("aten.type_as")
