@@ -28,6 +28,9 @@ from fxslim.program import Program
 from fxslim.regions import region_notes
 from fxslim.report import Inspection, Record, Report, Verification
 
+OPEN_AXES = (None, 1, 0)
+"""How many leading axes of the inputs a graph is tried with: all, the batch, none."""
+
 __all__ = ["Inspection", "Report", "compile", "inspect", "masked", "plan", "slim", "verify"]
 
 
@@ -276,16 +279,33 @@ def _narrow(
             raise InputError(f"plan= takes a fxslim Plan, not {type(plan).__name__}.")
         if request.asked():
             raise InputError(f"give either plan= or a request, not both: {sorted(request.asked())} came with a plan.")
-    pipeline = lines.narrowing(request, given_plan=plan is not None, last=last)
     seconds: dict[str, float] = {}
+    failed: VerifyError | None = None
+
+    regional = False
 
     def clock(before: Facts, step: Pass, after: Facts, spent: float) -> None:
+        nonlocal regional
         seconds[type(step).__name__] = round(spent, 4)
+        regional = regional or (isinstance(step, lines.Trace) and bool(after.get(Program).regions))
 
-    given = [_subject(model, example_inputs), *([plan] if plan is not None else [])]
-    facts = _run(pipeline, given, observer, clock, progress=progress)
-    report = dataclasses.replace(facts.get(Report), seconds=seconds)
-    return facts.get(lines.Narrowed).module, Record(facts.get(Plan), report)
+    for open_axes in OPEN_AXES if lines.makes_graph(last) else OPEN_AXES[:1]:
+        pipeline = lines.narrowing(request, given_plan=plan is not None, last=last, open_axes=open_axes)
+        given = [_subject(model, example_inputs), *([plan] if plan is not None else [])]
+        try:
+            facts = _run(pipeline, given, observer, clock, progress=progress)
+        except VerifyError as error:  # loops over rows or pieces are traced for one number of them
+            failed = failed or error
+            if regional:
+                break
+            continue
+        report = dataclasses.replace(facts.get(Report), seconds=seconds)
+        if failed is not None:
+            reason = f"traced with sizes fixed, because with open ones it is wrong at other sizes ({failed.where})"
+            report = dataclasses.replace(report, notes=(*report.notes, Note(where="graph form", reason=reason)))
+        return facts.get(lines.Narrowed).module, Record(facts.get(Plan), report)
+    assert failed is not None
+    raise failed
 
 
 def _run(

@@ -55,7 +55,7 @@ def follow(model: nn.Module, program: Program) -> tuple[Program, Following]:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             skeleton, example = _skeleton(model, mine, other), _cast(dict(program.call.example), mine, other)
-        twin = trace(skeleton, example)
+        twin = trace(skeleton, example, open_axes=program.open_axes)
     except FxslimError as error:
         return program, Following(f"a copy in {other} could not be traced ({str(error).splitlines()[0]})", meant=meant)
     made, following = _compare(program, twin, mine, other, constants)

@@ -91,13 +91,13 @@ class Program:
         inputs: placeholder names of the user's inputs, in the order of the flattened example.
         call: how to call it.
         notes: what the user should know about the trace (sizes that had to be fixed, and why).
-        constants: names among ``tensors`` that ``forward`` made itself.
         ranges: sizes for which the trace holds, where it does not hold for all.
         constants: names of tensors that tracing has lifted; no module of the model holds them.
         transient: names of buffers that the model's state_dict leaves out.
         regions: the modules that were traced by themselves; empty where the whole model is one graph.
         untraced: path of a module that is part of no region -> why; ``""`` is the whole model.
         held: names of tensors that something outside of the regions reads or owns as well -> what.
+        open_axes: how many leading axes of the inputs were traced for other sizes; None for all that can be.
     """
 
     graph: fx.Graph
@@ -113,6 +113,7 @@ class Program:
     regions: tuple[Region, ...] = ()
     untraced: Mapping[str, str] = field(default_factory=dict)
     held: Mapping[str, str] = field(default_factory=dict)
+    open_axes: int | None = None
 
     def tensor_name(self, node: object) -> str | None:
         """Return the canonical tensor name of a placeholder node, or None for any other node."""

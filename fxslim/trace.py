@@ -27,7 +27,12 @@ from fxslim.spelling import inline_regions, spell_shapes
 LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
 
-def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[str] = frozenset()) -> Program:
+def trace(
+    model: nn.Module,
+    *candidates: Mapping[str, Any],
+    filled: frozenset[str] = frozenset(),
+    open_axes: int | None = None,
+) -> Program:
     """Trace ``model`` on the first of the candidate keyword inputs that it can be traced on.
 
     The model itself is not changed: a copy that shares every tensor is traced in eval mode with caches off.
@@ -36,6 +41,7 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
         model: any module; parametrizations must have been made permanent before.
         candidates: keyword inputs in the order of ``forward``'s signature.
         filled: names of inputs that callers may leave out later (see CallSpec).
+        open_axes: how many leading axes of every input take other sizes; None for all that can.
 
     Raises:
         UnsupportedModelError: the model has nothing to narrow or holds quantized weights.
@@ -45,9 +51,9 @@ def trace(model: nn.Module, *candidates: Mapping[str, Any], filled: frozenset[st
     shadow = share(model).eval()
     without_caches(shadow)
     with quiet(), torch.no_grad():
-        exported, example = _export(shadow, candidates, type(model).__name__)
+        exported, example = _export(shadow, candidates, type(model).__name__, open_axes)
         exported = _without_writes(exported)
-    program = _program(model, exported, example, filled)
+    program = replace(_program(model, exported, example, filled), open_axes=open_axes)
     given = next(candidate for candidate in candidates if candidate.keys() == example.keys())
     return replace(program, notes=(*program.notes, *_plain_notes(given, example)))
 
@@ -109,13 +115,13 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _dynamic(value: Any) -> Any:
+def _dynamic(value: Any, open_axes: int | None) -> Any:
     from torch.export import Dim
 
     if not isinstance(value, torch.Tensor):
         return None
     # Open heights and widths cost minutes in windowed attention.
-    axes = range(value.ndim - 3 if _is_image(value) else value.ndim)
+    axes = range(value.ndim - 3 if _is_image(value) else value.ndim)[:open_axes]
     return {axis: Dim.AUTO for axis in axes if value.shape[axis] > 1} or None
 
 
@@ -127,11 +133,13 @@ def _is_image(value: torch.Tensor) -> bool:
 Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
 
 
-def _attempts(shadow: nn.Module, example: dict[str, Any]) -> Iterator[tuple[bool, Callable[[], Exported]]]:
+def _attempts(
+    shadow: nn.Module, example: dict[str, Any], open_axes: int | None
+) -> Iterator[tuple[bool, Callable[[], Exported]]]:
     """Yield the ways to export a model, by itself and by the library that it comes from: open sizes?, the call."""
 
     def dynamic(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: pytree.tree_map(_dynamic, value) for name, value in inputs.items()}
+        return {name: pytree.tree_map(lambda x: _dynamic(x, open_axes), value) for name, value in inputs.items()}
 
     def plainly(shapes: Any) -> Exported:
         with _taking(shadow, tuple(example)):
@@ -166,11 +174,13 @@ def _taking(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
             module.forward = own
 
 
-def _export(shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str) -> Exported:
+def _export(
+    shadow: nn.Module, candidates: tuple[Mapping[str, Any], ...], name: str, open_axes: int | None = None
+) -> Exported:
     first: Exception | None = None
     for candidate in candidates:
         asks_data = False
-        for is_open, attempt in _attempts(shadow, dict(candidate)):
+        for is_open, attempt in _attempts(shadow, dict(candidate), open_axes):
             if asks_data and not is_open:
                 continue  # fixed sizes do not help where values are asked for
             try:

@@ -76,7 +76,12 @@ class Trace:
     """Trace the model. Ensures: a functional graph, shared tensors, open batch and length where possible.
 
     A model that cannot be traced as a whole gives the graphs of its regions, side by side.
+
+    Attributes:
+        open_axes: how many leading axes of the inputs take other sizes; None for all that can.
     """
+
+    open_axes: int | None = None
 
     requires: ClassVar[tuple[type, ...]] = (Subject,)
     ensures: ClassVar[tuple[type, ...]] = (Program,)
@@ -87,7 +92,9 @@ class Trace:
         filled = MASKS if what.example_inputs is None else frozenset()
         candidates = bind(what.model, what.example_inputs)
         try:
-            return facts.adding(trace(what.model, *candidates, filled=filled))
+            if self.open_axes is None:
+                return facts.adding(trace(what.model, *candidates, filled=filled))
+            return facts.adding(trace(what.model, *candidates, filled=filled, open_axes=self.open_axes))
         except TraceError as error:
             whole = error
         return facts.adding(trace_regions(what.model, *candidates, whole=whole, filled=filled))
@@ -486,6 +493,11 @@ def compile_passes(*, narrow: bool = True, lossless: bool = False) -> tuple[Pass
     return (Refer(graph=True, lossless=lossless), NarrowGraph(narrow=narrow), Verify(), Account())
 
 
+def makes_graph(last: tuple[Pass, ...]) -> bool:
+    """Tell whether these passes make the graph form."""
+    return any(isinstance(step, NarrowGraph) for step in last)
+
+
 def choosing(request: Request) -> Pipeline:
     """Return the pipeline that makes a plan."""
     return Pipeline((*INSPECT, Choose(request)), given=(Subject,))
@@ -496,10 +508,11 @@ def inspecting() -> Pipeline:
     return Pipeline(INSPECT, given=(Subject,))
 
 
-def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...]) -> Pipeline:
+def narrowing(
+    request: Request, *, given_plan: bool, last: tuple[Pass, ...], open_axes: int | None = None
+) -> Pipeline:
     """Return the pipeline that narrows a model by a request, or by a plan that is given."""
-    graph = any(isinstance(step, NarrowGraph) for step in last)
-    first = (INSPECT[0], Follow(), *INSPECT[1:]) if graph else INSPECT
+    first = (Trace(open_axes), *([Follow()] if makes_graph(last) else []), *INSPECT[1:])
     if given_plan:
         return Pipeline((*first, *CHECK_PLAN, *last), given=(Subject, Plan))
     return Pipeline((*first, Choose(request), Take(), *last), given=(Subject,))
