@@ -310,7 +310,25 @@ class MultiheadEdit(Frozen):
     keep: tuple[Count, ...]
 
 
-AnyEdit = AttributeEdit | ConfigEdit | GatherEdit | AttentionEdit | MultiheadEdit
+class SpreadEdit(Frozen):
+    """A linear that is narrowed by itself, while what reads or feeds it keeps the dense width.
+
+    Attributes:
+        module: the linear.
+        name: ``output`` where zeros are put in the places of channels that it does not compute any more, ``input``
+            where it takes the kept channels of what it is given.
+        size: the width around it.
+        keep: the channels that are kept.
+    """
+
+    edit: Literal["spread"] = "spread"
+    module: Name
+    name: Literal["input", "output"]
+    size: Count
+    keep: tuple[Count, ...]
+
+
+AnyEdit = AttributeEdit | ConfigEdit | GatherEdit | AttentionEdit | MultiheadEdit | SpreadEdit
 Edit = Annotated[AnyEdit, Field(discriminator="edit")]
 
 
@@ -339,6 +357,8 @@ class Plan(Frozen):
     Attributes:
         sites: the sites that are narrowed; a site that keeps everything does not appear.
         edits: changes of integers in modules (module form); empty until ``slim`` has found them.
+        spread: sites that the module form narrows in their linears alone: no integer says their width, so that what lies
+            between the linears keeps it, with zeros.
         zeroed: sites that the module form cannot express: units stay in place, their consumer columns are zero.
         requested: what was asked for.
         notes: what was asked for and not done, with its reason.
@@ -352,6 +372,7 @@ class Plan(Frozen):
     fingerprint: Fingerprint
     sites: tuple[SitePlan, ...] = ()
     edits: tuple[Edit, ...] = ()
+    spread: tuple[Name, ...] = ()
     zeroed: tuple[Name, ...] = ()
     requested: dict[str, float | int | str | tuple[str, ...]] = Field(default_factory=dict)
     notes: tuple[Note, ...] = ()
@@ -387,16 +408,16 @@ class Plan(Frozen):
         The composition is in terms of the dense model that this plan was made for. A site that one of the two leaves in
         place, with zero columns, appears once for each.
         """
-        narrowed = tuple(part for part in self.sites if part.site.name not in self.zeroed)
-        rows = self.model_copy(update={"sites": narrowed}).removed_rows()
-        mine = {part.site.name: part for part in narrowed}
+        rows = self.model_copy(update={"sites": self.cut()}).removed_rows()
+        mine = {part.site.name: part for part in self.sites if part.site.name not in (*self.zeroed, *self.spread)}
         sites = {part.site.name: part for part in self.sites}
-        zeroed = list(self.zeroed)
+        zeroed, spread = list(self.zeroed), list(self.spread)
         for part in other.sites:
             name = part.site.name
             before = mine.get(name)
             folds = tuple(_dense_rows(fold, rows.get((fold.tensor, fold.dim))) for fold in part.folds)
-            if before is not None and name not in other.zeroed and len(before.keep) == part.site.units:
+            placed = name in (*other.zeroed, *other.spread)
+            if before is not None and not placed and len(before.keep) == part.site.units:
                 keep = tuple(before.keep[unit] for unit in part.keep)
                 sites[name] = before.model_copy(update={"keep": keep, "folds": (*before.folds, *folds)})
                 continue
@@ -406,16 +427,36 @@ class Plan(Frozen):
             sites[own] = part.model_copy(update={"site": site, "folds": folds})
             if name in other.zeroed:
                 zeroed.append(own)
+            if name in other.spread:
+                spread.append(own)
         return self.model_copy(
             update={
                 "sites": tuple(sites.values()),
                 "edits": _chained(self.edits, other.edits),
+                "spread": tuple(spread),
                 "zeroed": tuple(zeroed),
                 "requested": {**self.requested, **other.requested},
                 "notes": (*self.notes, *other.notes),
                 "weights_changed": self.weights_changed or other.weights_changed,
             }
         )
+
+    def cut(self) -> tuple[SitePlan, ...]:
+        """Return the sites that lose rows in the module form, each with the slices that do."""
+        linears = {(edit.module, edit.name) for edit in self.edits if isinstance(edit, SpreadEdit)}
+
+        def narrowed(piece: Slice) -> bool:
+            path, _, leaf = piece.tensor.rpartition(".")
+            return (path, f"{piece.role}put") in linears and leaf in ("weight", "bias")
+
+        parts = []
+        for part in self.sites:
+            if part.site.name in self.spread:
+                slices = tuple(piece for piece in part.site.slices if narrowed(piece))
+                part = part.model_copy(update={"site": part.site.model_copy(update={"slices": slices})})
+            if part.site.name not in self.zeroed:
+                parts.append(part)
+        return tuple(parts)
 
     def removed_rows(self) -> dict[tuple[str, int], np.ndarray]:
         """Return which rows of which tensor dimension go.  (tensor, dim) -> (size,) bool"""
@@ -456,8 +497,8 @@ def _chained(first: tuple[AnyEdit, ...], second: tuple[AnyEdit, ...]) -> tuple[A
         before = made.get(key)
         if before is None:
             made[key] = edit
-        elif isinstance(edit, GatherEdit | AttentionEdit | MultiheadEdit):
-            assert isinstance(before, GatherEdit | AttentionEdit | MultiheadEdit)
+        elif isinstance(edit, GatherEdit | AttentionEdit | MultiheadEdit | SpreadEdit):
+            assert isinstance(before, GatherEdit | AttentionEdit | MultiheadEdit | SpreadEdit)
             keep = tuple(before.keep[head] for head in edit.keep)
             made[key] = before.model_copy(update={"keep": keep})
         else:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fxslim.multihead import is_narrowable
 from fxslim.passes.heads import head_edits
+from fxslim.passes.spreads import spread_edits
 from fxslim.passes.trial import Edited, Trial
 from fxslim.passes.watch import Watch
 from fxslim.plan import AnyEdit, AttentionEdit, ConfigEdit, GatherEdit, Plan, SitePlan
@@ -24,9 +25,10 @@ Looks = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Edits:
-    """Edits that were found, and sites for which none do."""
+    """Edits that were found, sites that are narrowed in their linears alone, and sites for which nothing does."""
 
     edits: tuple[AnyEdit, ...]
+    spread: tuple[str, ...]
     stuck: tuple[str, ...]
 
 
@@ -46,8 +48,18 @@ def find_edits(
             one that looks alike; the verification has to show that this was right.
     """
     found: list[AnyEdit] = []
+    spread: list[SitePlan] = []
     stuck: list[str] = []
-    known: dict[Looks, tuple[tuple[Edited, ...], frozenset[int]]] = {}
+    known: dict[Looks, _Known] = {}
+
+    def so_far(*, also: Sequence[SitePlan] = ()) -> Plan:
+        """Return the plan with what was found, and some more sites narrowed in their linears."""
+        every = [*spread, *also]
+        narrow = plan.model_copy(update={"sites": tuple(p for p in plan.sites if p not in every), "zeroed": tuple(stuck)})
+        more = spread_edits(model, narrow, every) or ()
+        names = tuple(part.site.name for part in every)
+        return plan.model_copy(update={"edits": (*found, *more), "spread": names, "zeroed": tuple(stuck)})
+
     for path, parts in holders(model, plan).items():
         heads = head_edits(model, plan, parts)
         found.extend(heads or ())
@@ -55,20 +67,44 @@ def find_edits(
             stuck.extend(part.site.name for part in parts if heads is None)
             continue
         looks = _looks(model, path, parts)
-        alike, left = known.get(looks, ((), frozenset()))
+        own = known.get(looks, _Known())
         if path not in watches:
-            found.extend(_likewise(model, path, parts, alike, _merged(sizes, parts)))
-            stuck.extend(part.site.name for i, part in enumerate(parts) if i in left)
+            found.extend(_likewise(model, path, parts, own.edits, _merged(sizes, parts)))
+            spread.extend(part for i, part in enumerate(parts) if i in own.spread)
+            stuck.extend(part.site.name for i, part in enumerate(parts) if i in own.stuck)
             continue
-        so_far = plan.model_copy(update={"edits": tuple(found), "zeroed": tuple(stuck)})
-        edits, kept = _most(model, so_far, path, parts, watches[path], sizes, alike)
+        edits, kept = _most(model, so_far(), path, parts, watches[path], sizes, own.edits)
         if not kept:
             found = [edit for edit in found if edit not in (heads or ())]
-        stuck.extend(part.site.name for part in parts if part not in kept)
-        own = tuple((e.module[len(path) :], e) for e in edits)
-        known[looks] = own, frozenset(i for i, part in enumerate(parts) if part not in kept)
         found.extend(edits)
-    return Edits(tuple(found), tuple(stuck))
+        here = []
+        for part in parts:
+            if part in kept:
+                continue
+            left = tuple(p.site.name for p in parts if p not in (*kept, *here, part))
+            trial = so_far(also=[*here, part])
+            trial = trial.model_copy(update={"zeroed": (*trial.zeroed, *left)})
+            fits = spread_edits(model, trial, [part]) is not None
+            if fits and Trial(model, trial, path, [*kept, *here, part], watches[path], {}).search(()) == ():
+                here.append(part)
+        spread.extend(here)
+        stuck.extend(part.site.name for part in parts if part not in (*kept, *here))
+        known[looks] = _Known(
+            tuple((e.module[len(path) :], e) for e in edits),
+            frozenset(i for i, part in enumerate(parts) if part in here),
+            frozenset(i for i, part in enumerate(parts) if part not in (*kept, *here)),
+        )
+    done = so_far()
+    return Edits(done.edits, done.spread, tuple(stuck))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What modules of one look need: edits by where they are, and which of their sites are spread or stuck."""
+
+    edits: tuple[Edited, ...] = ()
+    spread: frozenset[int] = frozenset()
+    stuck: frozenset[int] = frozenset()
 
 
 Sizes = Mapping[str, Mapping[int, frozenset[int]]]

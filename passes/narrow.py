@@ -15,8 +15,19 @@ from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay
 from fxslim.passes.folding.fold import check_fold, folded
-from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit, Plan, SitePlan
+from fxslim.plan import (
+    AnyEdit,
+    AttentionEdit,
+    AttributeEdit,
+    ConfigEdit,
+    GatherEdit,
+    MultiheadEdit,
+    Plan,
+    SitePlan,
+    SpreadEdit,
+)
 from fxslim.program import forward_parameters, named_tensors
+from fxslim.spread import Pick, Spread
 
 SIZE_ATTRIBUTES = {
     "in": ("in_features", "nx", "in_channels"),
@@ -92,7 +103,7 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             owner: Any = module.get_submodule(edit.module)
         except AttributeError as error:
             raise PlanError(f"the plan edits {edit.module}.{edit.name}, which does not exist.") from error
-        if isinstance(edit, GatherEdit | AttentionEdit | MultiheadEdit):
+        if isinstance(edit, GatherEdit | AttentionEdit | MultiheadEdit | SpreadEdit):
             _check_heads(owner, edit)
             continue
         holder = owner.config if isinstance(edit, ConfigEdit) else owner
@@ -103,7 +114,7 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             )
 
 
-def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadEdit) -> None:
+def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadEdit | SpreadEdit) -> None:
     if isinstance(edit, GatherEdit) and edit.name not in forward_parameters(owner)[0]:
         raise PlanError(f"the plan gathers {edit.name!r} of {edit.module}, whose forward does not take it.")
     if isinstance(edit, AttentionEdit) and getattr(owner, "config", None) is None:
@@ -120,14 +131,15 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
             )
     if not edit.keep or any(head >= edit.size for head in edit.keep):
         verb = "keeps" if isinstance(edit, MultiheadEdit) else "gathers"
-        raise PlanError(f"the plan {verb} heads of {edit.module} that do not exist.")
+        what = "channels" if isinstance(edit, SpreadEdit) else "heads"
+        raise PlanError(f"the plan {verb} {what} of {edit.module} that do not exist.")
 
 
 def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
     """Return the tensors that a plan changes, with rows taken out (or zeroed for sites that stay in place)."""
     changed = folded(tensors, plan.sites)
     zeroed = set(plan.zeroed)
-    narrow = plan.model_copy(update={"sites": tuple(part for part in plan.sites if part.site.name not in zeroed)})
+    narrow = plan.model_copy(update={"sites": plan.cut()})
     with torch.no_grad():
         for part in plan.sites:
             if part.site.name in zeroed:
@@ -161,10 +173,7 @@ def _own(tensor: torch.Tensor, like: torch.Tensor | None = None, *, clone: bool 
 
 def _attributes(module: nn.Module, plan: Plan) -> None:
     """Set the integers that layers keep about their weights, and apply the plan's own edits."""
-    zeroed = set(plan.zeroed)
-    for part in plan.sites:
-        if part.site.name in zeroed:
-            continue
+    for part in plan.cut():
         for piece in part.site.slices:
             path, _, leaf = piece.tensor.rpartition(".")
             owner = module.get_submodule(path)
@@ -201,6 +210,10 @@ def apply_edit(module: nn.Module, edit: AnyEdit) -> None:
     elif isinstance(edit, GatherEdit):
         hook = Gather(edit.name, edit.axis, edit.size, edit.keep, edit.rank, edit.runs)
         owner.register_forward_pre_hook(hook, with_kwargs=True)
+    elif isinstance(edit, SpreadEdit) and edit.name == "output":
+        owner.register_forward_hook(Spread(edit.size, edit.keep))
+    elif isinstance(edit, SpreadEdit):
+        owner.register_forward_pre_hook(Pick(edit.keep), with_kwargs=True)
     elif isinstance(edit, AttentionEdit):
         gather_in_attention(owner, edit.size, edit.keep)
     else:

@@ -350,6 +350,12 @@ class Refer:
         return tuple(way for way in ways if leads_as_traced(model, program, way))
 
 
+STUCK = "no edit of the module's integers expresses this; its units stay in place, with zero columns"
+SPREAD = (
+    "no integer of the module says its width: its linears are narrowed, and zeros stand between them in the old places"
+)
+
+
 @dataclass(frozen=True)
 class NarrowModule:
     """Narrow the user's own class. Ensures: a copy; what no edit can express stays in place, zeroed and noted."""
@@ -360,12 +366,19 @@ class NarrowModule:
     def run(self, facts: Facts) -> Facts:
         """Narrow."""
         model, plan = facts.get(Subject).model, facts.get(Plan)
-        if not plan.edits and not plan.zeroed:
+        if not (plan.edits or plan.spread or plan.zeroed):
             sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
             found = find_edits(model, plan, sizes, facts.get(References).watches)
-            reason = "no edit of the module's integers expresses this; its units stay in place, with zero columns"
-            notes = tuple(Note(where=name, reason=reason) for name in found.stuck)
-            plan = plan.model_copy(update={"edits": found.edits, "zeroed": found.stuck, "notes": (*plan.notes, *notes)})
+            notes = (*(Note(where=name, reason=STUCK) for name in found.stuck),
+                     *(Note(where=name, reason=SPREAD) for name in found.spread))  # fmt: skip
+            plan = plan.model_copy(
+                update={
+                    "edits": found.edits,
+                    "spread": found.spread,
+                    "zeroed": found.stuck,
+                    "notes": (*plan.notes, *notes),
+                }
+            )
         return facts.adding(plan, Narrowed(narrowed_copy(model, plan)))
 
 

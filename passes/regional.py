@@ -128,7 +128,7 @@ def emit_regions(model: nn.Module, program: Program, made: Rewritten, plan: Plan
         made: their graphs, narrowed or masked, and the tensors that belong to them.
         plan: what is taken out of the tensors; without sites where the graphs are masked.
     """
-    small = narrowed_copy(model, plan.model_copy(update={"edits": (), "zeroed": ()}))
+    small = narrowed_copy(model, plan.model_copy(update={"edits": (), "spread": (), "zeroed": ()}))
     without_caches(small)
     _check(small, program, made)
     ways: dict[str, list[Way]] = {}
