@@ -20,7 +20,7 @@ from fxslim.program import forward_parameters, named_tensors
 
 SIZE_ATTRIBUTES = {
     "in": ("in_features", "nx", "in_channels"),
-    "out": ("out_features", "nf", "out_channels", "num_features", "embedding_dim"),
+    "out": ("out_features", "nf", "out_channels", "num_features", "num_channels", "embedding_dim"),
 }
 """Integers in which torch's and transformers' own layers repeat the shape of their weight."""
 CACHE_SHAPE = "_get_static_cache_init_shape"
@@ -170,6 +170,8 @@ def _attributes(module: nn.Module, plan: Plan) -> None:
             size = int(getattr(owner, leaf).shape[piece.dim])
             if leaf != "weight":
                 continue
+            if vars(owner).get("num_channels") == piece.size and "num_groups" in vars(owner):
+                owner.num_groups = vars(owner)["num_groups"] * size // piece.size
             for name in SIZE_ATTRIBUTES[piece.role]:
                 if vars(owner).get(name) == piece.size:
                     setattr(owner, name, size)

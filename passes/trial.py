@@ -155,21 +155,20 @@ def _gathers(module: nn.Module, path: str, parts: Sequence[SitePlan], seen: Watc
 
 
 def _narrowed_part(model: nn.Module, plan: Plan, path: str, parts: Sequence[SitePlan]) -> nn.Module:
-    """Return a copy of one module, narrowed at its own sites and at those that lie inside it."""
+    """Return a copy of one module, narrowed at its own sites and at those that lie inside it.
+
+    Of a site that lies only partly inside, the module takes and returns all units; its consumers in there are masked.
+    """
     prefix = f"{path}." if path else ""
-    own = []
+    own, zeroed = [], list(plan.zeroed)
     for part in plan.sites:
-        if (
-            part not in parts
-            and part.site.name not in plan.zeroed
-            and not all(piece.tensor.startswith(prefix) for piece in part.site.slices)
-        ):
-            continue  # it would change the module's results
         slices = tuple(
             piece.model_copy(update={"tensor": piece.tensor[len(prefix) :]})
             for piece in part.site.slices
             if piece.tensor.startswith(prefix)
         )
+        if part not in parts and len(slices) < len(part.site.slices):
+            zeroed.append(part.site.name)  # narrowing it would change the module's results
         folds = tuple(fold for fold in (fold.inside(path) for fold in part.folds) if fold is not None)
         site = part.site.model_copy(update={"slices": slices})
         own.append(part.model_copy(update={"site": site, "folds": folds}))
@@ -178,7 +177,7 @@ def _narrowed_part(model: nn.Module, plan: Plan, path: str, parts: Sequence[Site
         for edit in plan.edits
         if f"{edit.module}.".startswith(prefix)
     )
-    inner = plan.model_copy(update={"sites": tuple(own), "edits": edits})
+    inner = plan.model_copy(update={"sites": tuple(own), "edits": edits, "zeroed": tuple(zeroed)})
     return narrowed_copy(_shell(model.get_submodule(path)), inner)
 
 

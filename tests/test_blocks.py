@@ -237,10 +237,11 @@ class Transformer2d(nn.Module):
         self.attn1, self.attn2, self.ff = CrossAttention(), CrossAttention(6), Feed()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        b, c, height, width = x.shape
+        b, _, height, width = x.shape
         y = self.norm(x)
         if not self.linear:
             y = self.proj_in(y)
+        c = y.shape[1]
         y = y.permute(0, 2, 3, 1).reshape(b, height * width, c)
         y = self.proj_in(y) if self.linear else y
         y = y + self.attn1(self.norm1(y))
@@ -452,10 +453,10 @@ class ClassAttention(nn.Module):
 class Einsums(nn.Module):
     """Projections with heads as an axis of the weight, rotary angles, shared keys, a gated feed-forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: int) -> None:
         super().__init__()
         self.wq, self.wo = nn.Parameter(torch.zeros(D, 4, E)), nn.Parameter(torch.zeros(4, E, D))
-        self.wk, self.wv = (nn.Parameter(torch.zeros(D, 2, E)) for _ in range(2))
+        self.wk, self.wv = (nn.Parameter(torch.zeros(D, shared, E)) for _ in range(2))
         self.norm1, self.norm2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
         self.w1, self.w3, self.w2 = nn.Linear(D, F, bias=False), nn.Linear(D, F, bias=False), nn.Linear(F, D, bias=False)
 
@@ -498,7 +499,7 @@ def images(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
 
 
 def maps(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
-    return drawn(seed, (batch, D, length, length + 1))
+    return drawn(seed, (batch, D, 6, 5))
 
 
 def places(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
@@ -534,8 +535,8 @@ CASES: dict[str, Case] = {
     "eva": Case(lambda: Vit(lambda: SwiGlu(False)), images, ("attention 3", "gated_ffn 10") * 2),
     "eva, a norm over hidden channels": Case(lambda: Vit(lambda: SwiGlu(True)), images, ("attention 3",) * 2),
     "swin": Case(Swin, places, ("attention 3", "ffn 10") * 2),
-    "unet, convolutions": Case(lambda: UnetStage(False), unet, ("ffn 14", "ffn 9", "attention 3", "attention 3", "gated_ffn 10")),
-    "unet, linears": Case(lambda: UnetStage(True), unet, ("ffn 14", "ffn 9", "attention 3", "attention 3", "gated_ffn 10")),
+    "unet, convolutions": Case(lambda: UnetStage(False), unet, ("ffn 14", "ffn 9", "generic 3", "generic 3", "attention 3", "attention 3", "gated_ffn 10")),
+    "unet, linears": Case(lambda: UnetStage(True), unet, ("ffn 14", "ffn 9", "generic 3", "generic 3", "attention 3", "attention 3", "gated_ffn 10")),
     "mixer": Case(Mixer, seven, ("ffn 8", "ffn 10")),
     "convnext": Case(ConvNext, maps, ("ffn 10",)),
     "convnext, convolutions": Case(lambda: ConvNext(conv=True), maps, ("ffn 10",)),
@@ -546,9 +547,10 @@ CASES: dict[str, Case] = {
     "mbconv": Case(MbConv, maps, ("generic 10", "ffn 5")),
     "gmlp": Case(lambda: Gmlp(False), seven, ("gated_ffn 10",)),
     "gmlp, a norm of the gate": Case(lambda: Gmlp(True), seven, ()),
-    "talking heads": Case(TalkingHeads, tokens, ("generic 3", "generic 5", "generic 12/3")),
+    "talking heads": Case(TalkingHeads, tokens, ("generic 3", "generic 5", "generic 12/3"), 1),
     "class attention": Case(ClassAttention, tokens, ("attention 3",)),
-    "einsums": Case(Einsums, tokens, ("attention 4/2", "gated_ffn 10")),
+    "einsums": Case(lambda: Einsums(4), tokens, ("generic 4", "generic 4", "gated_ffn 10")),
+    "einsums, shared keys": Case(lambda: Einsums(2), tokens, ("generic 4/2", "generic 4", "gated_ffn 10")),
 }
 
 
