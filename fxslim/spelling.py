@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,3 +68,64 @@ def _size_node(graph: fx.Graph, like: Any, axis: int, size: Any) -> Any:
     read = graph.call_function(torch.ops.aten.sym_size.int, (like, axis))
     read.meta["val"] = size
     return read
+
+
+def pair_einsums(graph: fx.Graph) -> None:
+    """Take einsums of several operands apart, in the order in which torch multiplies them, so that each is a product.
+
+    A letter is summed over as soon as no other operand and no axis of the result has it.
+    """
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.einsum.default or len(node.args[1]) < 3:
+            continue
+        operands = list(node.args[1])
+        letters = letters_of(str(node.args[0]).replace(" ", ""), [value.meta["val"].ndim for value in operands])
+        if letters is None:
+            continue
+        terms, out = list(letters[:-1]), letters[-1]
+        steps = iter(node.kwargs.get("path") or ())
+        while len(operands) > 2:
+            first, second = sorted((next(steps, 0), next(steps, 1)))
+            right, left = operands.pop(second), operands.pop(first)
+            names = terms.pop(second), terms.pop(first)
+            needed = {letter for term in (*terms, out) for letter in term}
+            kept = "".join(letter for letter in dict.fromkeys(names[1] + names[0]) if letter in needed)
+            with graph.inserting_before(node):
+                pair = graph.call_function(node.target, (f"{names[1]},{names[0]}->{kept}", [left, right]))
+            pair.meta = node.meta | {"val": _outer(left, names[1], right, names[0], kept)}
+            place = len(operands) if node.kwargs.get("path") else 0
+            operands.insert(place, pair)
+            terms.insert(place, kept)
+        node.args, node.kwargs = (f"{','.join(terms)}->{out}", operands), {}
+
+
+def _outer(left: fx.Node, first: str, right: fx.Node, second: str, kept: str) -> torch.Tensor:
+    """Return what stands for the product of two values that keeps these letters."""
+    sizes: dict[str, Any] = {}
+    for node, names in ((left, first), (right, second)):
+        for letter, size in zip(names, node.meta["val"].shape, strict=True):
+            if sizes.get(letter, 1) == 1:
+                sizes[letter] = size
+    made: torch.Tensor = left.meta["val"].new_empty([sizes[letter] for letter in kept])
+    return made
+
+
+def letters_of(equation: str, ranks: Sequence[int]) -> tuple[str, ...] | None:
+    """Expand an einsum equation into one letter per axis: each operand's, then the result's.
+
+    None where an operand has a letter twice.
+    """
+    inputs, _, out = equation.partition("->")
+    terms = inputs.split(",")
+    if "->" not in equation:
+        letters = [letter for letter in sorted(set(inputs)) if letter.isalpha()]
+        out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
+    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
+    most = max(rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True))
+    dots = "".join(spare[:most])
+    expanded = []
+    for term, rank in zip(terms, ranks, strict=True):
+        count = rank - len(term.replace("...", ""))
+        expanded.append(term.replace("...", dots[len(dots) - count :]))
+    expanded.append(out.replace("...", dots))
+    return None if any(len(set(term)) != len(term) for term in expanded) else tuple(expanded)

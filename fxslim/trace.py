@@ -22,7 +22,7 @@ from fxslim.exporter import applies, export_patched
 from fxslim.functional import functionalize, mutates
 from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic
 from fxslim.sharing import named_once, refuse, share, transient_names, without_caches
-from fxslim.spelling import inline_regions, spell_shapes
+from fxslim.spelling import inline_regions, pair_einsums, spell_shapes
 
 LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
@@ -207,6 +207,7 @@ def _program(
     inline_regions(graph)
     functionalize(graph)
     spell_shapes(graph)
+    pair_einsums(graph)
     graph.eliminate_dead_code()  # what nobody reads (averaged attention weights) must not tie what it is made of
     tensors, aliases = named_once(model)
     tensor_of: dict[str, str] = {}

@@ -96,10 +96,13 @@ class _Search:
         refused: dict[int, str] = {}
         for leaves in self._families():
             result = self._family(leaves)
-            if isinstance(result, Family):
-                families.append(result)
-            elif result:
-                refused.update(dict.fromkeys(leaves.tolist(), result))
+            apart = [leaves] if isinstance(result, Family) else self._apart(leaves)
+            for part in apart:
+                own = result if len(apart) == 1 else self._family(part)
+                if isinstance(own, Family):
+                    families.append(own)
+                elif own:
+                    refused.update(dict.fromkeys(part.tolist(), own))
         taken = {int(leaf) for family in families for leaf in family.leaves}
         return Found(tuple(families), tuple(self._refusals(taken, refused)))
 
@@ -160,6 +163,16 @@ class _Search:
         for value in dict.fromkeys(signature[np.argsort(order[leaves], kind="stable")].tolist()):
             members = leaves[signature == value]
             yield members[np.argsort(order[members], kind="stable")]
+
+    def _apart(self, leaves: np.ndarray) -> list[np.ndarray]:
+        """Tell leaves apart that own as many rows, and have other components above them: hidden and value channels."""
+        weights = np.random.default_rng(1).integers(1, 1 << 40, size=len(self.keys))
+        signatures = np.asarray(self.counts @ weights).reshape(-1)
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        for leaf in leaves.tolist():
+            above = self.reached.indices[self.reached.indptr[leaf] : self.reached.indptr[leaf + 1]]
+            kinds.setdefault(tuple(sorted(signatures[above].tolist())), []).append(leaf)
+        return [np.array(members) for members in kinds.values()]
 
     def _order(self) -> np.ndarray:
         """Return where each component first appears among the consumers' rows."""

@@ -31,7 +31,7 @@ from fxslim.spread import Pick, Spread
 
 SIZE_ATTRIBUTES = {
     "in": ("in_features", "nx", "in_channels"),
-    "out": ("out_features", "nf", "out_channels", "num_features", "embedding_dim"),
+    "out": ("out_features", "nf", "out_channels", "num_features", "num_channels", "embedding_dim"),
 }
 """Integers in which torch's and transformers' own layers repeat the shape of their weight."""
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -182,6 +182,8 @@ def _attributes(module: nn.Module, plan: Plan) -> None:
                 continue
             if vars(owner).get("groups") == piece.size and piece.dim == 0 and isinstance(owner, CONVOLUTIONS):
                 owner.groups = owner.in_channels = size  # depthwise: one group a channel
+            if vars(owner).get("num_channels") == piece.size and "num_groups" in vars(owner):
+                owner.num_groups = vars(owner)["num_groups"] * size // piece.size
             for name in SIZE_ATTRIBUTES[piece.role]:
                 if vars(owner).get(name) == piece.size:
                     setattr(owner, name, size)

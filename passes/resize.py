@@ -256,7 +256,7 @@ def _select(node: fx.Node, cut: Cut) -> Call:
 
 
 @_for("aten.roll", "aten.unfold", "aten.unbind", "aten.diagonal", "aten.pixel_shuffle", "aten.pixel_unshuffle",
-      "aten.group_norm", "aten.rot90")  # fmt: skip
+      "aten.rot90")  # fmt: skip
 def _unaffected(node: fx.Node, cut: Cut) -> Call:
     """Operations that mix an axis: no rewriting is known for a narrowed one."""
     source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
@@ -265,6 +265,17 @@ def _unaffected(node: fx.Node, cut: Cut) -> Call:
     if any(shape[axis] != source.shape[axis] for axis in axes):
         raise NarrowError(f"{operation(node)} over a narrowed axis")
     return Call(node.target, node.args, dict(node.kwargs))
+
+
+@_for("aten.group_norm")
+def _group_norm(node: fx.Node, cut: Cut) -> Call:
+    """Whole groups go, so that there are fewer of them and each is as large as before."""
+    source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
+    before, after = source.shape[1], cut.shape(source)[1]
+    groups = int(concrete(node.args[1]))
+    if groups * after % before:
+        raise NarrowError("a part of a group that is normalised together would go")
+    return Call(node.target, (node.args[0], groups * after // before, *node.args[2:]), dict(node.kwargs))
 
 
 @_for("aten.conv1d", "aten.conv2d", "aten.conv3d")

@@ -20,6 +20,7 @@ from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rules.walk import Use, parameter
 from fxslim.plan import SitePlan
 from fxslim.program import Program, is_symbolic
+from fxslim.spelling import letters_of
 
 aten = torch.ops.aten
 
@@ -136,11 +137,16 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
     """Gather operands that keep more than their partners: side inputs such as per-head tables."""
     name = operation(old)
     if name == "aten.scaled_dot_product_attention":
-        mask = parameter(old, "attn_mask", 3)
         value = cut.labels.values[old]
-        if isinstance(mask, fx.Node):
-            rank = len(value.shape)
-            _gather(old, new, mask, value, cut, graph, range(max(rank - len(mask.meta["val"].shape), 0), rank - 2))
+        operands = old.args[:3] if not parameter(old, "enable_gqa", 7, False) else ()
+        for argument in dict.fromkeys((*operands, parameter(old, "attn_mask", 3))):
+            if isinstance(argument, fx.Node):
+                rank = len(value.shape)
+                axes = range(max(rank - len(argument.meta["val"].shape), 0), rank - 2)
+                _gather(old, new, argument, value, cut, graph, axes)
+        return
+    if name in ("aten.matmul", "aten.bmm", "aten.einsum"):
+        _align_product(old, new, cut, graph)
         return
     if name in ("aten.cat", "aten.stack", "aten.embedding") or moves(old) or name in RESIZES:
         return
@@ -157,6 +163,25 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
             _gather(old, new, argument, value, cut, graph, range(len(value.shape)))
 
 
+def _align_product(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
+    """Gather heads of attention weights whose values are gone: heads that a norm ties stay in queries and keys."""
+    value = cut.labels.values.get(old)
+    if not isinstance(value, Value) or not cut.touches(value):
+        return
+    if operation(old) == "aten.einsum":
+        operands: Any = old.args[1]
+        ranks = [len(argument.meta["val"].shape) for argument in operands]
+        letters = letters_of(str(old.args[0]).replace(" ", ""), ranks) or ()
+        terms = dict(zip(operands, letters, strict=False))
+    else:
+        operands, letters = old.args[:2], ()
+        terms = dict.fromkeys(operands)
+    for argument, term in terms.items():
+        if isinstance(cut.labels.values.get(argument), Value):
+            axes = range(len(value.shape) - (2 if term is None else 0))
+            _gather(old, new, argument, value, cut, graph, axes, None if term is None else (term, letters[-1]))
+
+
 BY_INDEX = ("aten.gather", "aten.take_along_dim")
 """Operations whose index has the result's shape: a table of positions, repeated for heads."""
 
@@ -168,13 +193,23 @@ def _joins(name: str, node: fx.Node) -> bool:
 
 
 def _gather(
-    old: fx.Node, new: fx.Node, argument: fx.Node, value: Value, cut: Cut, graph: fx.Graph, axes: range
+    old: fx.Node,
+    new: fx.Node,
+    argument: fx.Node,
+    value: Value,
+    cut: Cut,
+    graph: fx.Graph,
+    axes: range,
+    letters: tuple[str, str] | None = None,
 ) -> None:
-    """Insert an index_select on one operand for every axis where it keeps more than the output does."""
+    """Insert an index_select on one operand for every axis where it keeps more than the output does.
+
+    Axes are aligned at the last one, or by their letters, the operand's and the output's.
+    """
     operand: Value = cut.labels.values[argument]
     missing = len(value.shape) - len(operand.shape)
     for axis in axes:
-        own = axis - missing
+        own = axis - missing if letters is None else letters[0].find(letters[1][axis])
         labels = value.along(axis)
         if own < 0 or operand.shape[own] == 1 or labels is None:
             continue

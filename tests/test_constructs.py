@@ -129,8 +129,20 @@ class WholeNorms(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.split(part) for part in (self.norm(self.q(x)), self.k(x), self.v(x)))
-        mixed = self.weights(self.scores(q, k)) @ v
-        return x + self.o(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
+        return x + self.o(self.heard(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+    def heard(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.weights(self.scores(q, k)) @ v
+
+
+class WholeNormsEinsum(WholeNorms):
+    def heard(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhst,bhte->bhse", self.weights(self.scores(q, k)), v)
+
+
+class WholeNormsKernel(WholeNorms):
+    def heard(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v)
 
 
 class MultiQuery(nn.Module):
@@ -422,6 +434,17 @@ def test_a_norm_over_all_heads_says_so_and_offers_value_channels() -> None:
     assert nothing.sites == ()
     few = fxslim.plan(model, example(2, 7, 0), value=0.1)
     assert "value=0.1 of 4 channels is less than one" in [note.reason for note in few.notes]
+
+
+@pytest.mark.parametrize("form", [WholeNorms, WholeNormsEinsum, WholeNormsKernel])
+def test_a_head_that_is_not_heard_goes_where_a_norm_ties_all_heads(form: Callable[[], nn.Module]) -> None:
+    """Its queries and keys stay for the norm; the graph leaves its attention weights out of the product."""
+    model = built(Case(form, ()))
+    with torch.no_grad():
+        model.o.weight[:, HEAD : 2 * HEAD] = 0  # type: ignore[union-attr, index]
+    graph = fxslim.compile(model, example(2, 7, 0))
+    assert (graph.v.weight.shape, graph.q.weight.shape) == ((INNER - HEAD, WIDTH), (INNER, WIDTH))
+    assert difference(outputs(model, example(4, 9, 1)), outputs(graph, example(4, 9, 1))) < 1e-12
 
 
 def test_value_channels_where_heads_can_go_are_not_offered() -> None:

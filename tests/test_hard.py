@@ -146,7 +146,10 @@ SITES: dict[str, list[str]] = {
     ],
     "pegasus": BART,
     "whisper": ["model.encoder:generic 32", *BART],
-    "wav2vec2": layers(*WAV2VEC2, at="wav2vec2.encoder.layers.#."),
+    "wav2vec2": [
+        "wav2vec2.feature_extractor.conv_layers:generic 20",  # groups of one channel each
+        *layers(*WAV2VEC2, at="wav2vec2.encoder.layers.#."),
+    ],
     "hubert": layers(*WAV2VEC2, at="hubert.encoder.layers.#."),
     "siglip": [
         *layers(*TOWER, at="vision_model.encoder.layers.#."),

@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[Forward, str]] = {
     "rms norm by hand": (lambda m, x: (lambda h: m.down(h * h.square().mean(-1, True).rsqrt()))(m.up(x)), "mean"),
     "softmax over channels": (lambda m, x: m.down(m.up(x).softmax(-1)), "softmax"),
     "normalised": (lambda m, x: m.down(F.normalize(m.up(x), dim=-1)), "linalg_vector_norm"),
-    "group norm": (lambda m, x: m.down(F.group_norm(m.up(x).transpose(1, 2), 5).transpose(1, 2)), "group_norm"),
+    "group norm": (lambda m, x: m.down(F.group_norm(m.up(x).transpose(1, 2), 1).transpose(1, 2)), "group_norm"),
     "returned": (lambda m, x: (lambda h: (m.down(h), h))(F.gelu(m.up(x))), "output"),
     "returned before the activation": (lambda m, x: (lambda h: (m.down(F.gelu(h)), h))(m.up(x)), "output"),
     "summed": (lambda m, x: (lambda h: m.down(h) + h.sum(-1, keepdim=True))(F.gelu(m.up(x))), "sum"),

@@ -10,9 +10,10 @@ from torch import fx
 
 from fxslim.passes.folding.facts import CONSTANT, VARIES, Fact, Result, Tracker, fact, rule
 from fxslim.passes.folding.rows import DROPOUT, HIDDEN, OTHER, UNKNOWN, bounded, unequal
-from fxslim.passes.rules.contraction import letters_of, matmul_names
+from fxslim.passes.rules.contraction import matmul_names
 from fxslim.passes.rules.walk import parameter, sizes
 from fxslim.program import module_path
+from fxslim.spelling import letters_of
 
 PADDING = "a convolution pads its input with zeros"
 

@@ -11,6 +11,7 @@ from torch import fx
 from fxslim.labels import CONSTANT, Value, axes_of
 from fxslim.passes.rules.movement import COPIES, MOVES, repeat_axis
 from fxslim.passes.rules.walk import Use, Walk, parameter, pin_axis, rule, sizes
+from fxslim.spelling import letters_of
 
 
 def contract(
@@ -217,7 +218,7 @@ def einsum(walk: Walk, node: fx.Node) -> Any:
     equation = str(node.args[0]).replace(" ", "")
     values = [walk.value(argument) for argument in node.args[1]]  # type: ignore[union-attr]
     names = letters_of(equation, [len(value.shape) for value in values])
-    if names is None:
+    if names is None or len(values) > 2:
         return walk.opaque(node, f"no rule for einsum {equation!r}")
     if len(values) == 1:
         order = [names[0].index(letter) for letter in names[-1]]
@@ -227,26 +228,6 @@ def einsum(walk: Walk, node: fx.Node) -> Any:
         reduced = walk.reduce(values[0], summed, keepdim=False) if summed else values[0]
         return walk.move(reduced, lambda t: t.permute([kept.index(letter) for letter in names[-1]]), shape)
     return contract(walk, node, values[0], values[1], (names[0], names[1], names[2]))
-
-
-def letters_of(equation: str, ranks: Sequence[int]) -> tuple[str, ...] | None:
-    """Expand an einsum equation into plain letters, or return None where no rule covers it."""
-    if len(ranks) not in (1, 2):
-        return None
-    inputs, _, out = equation.partition("->")
-    terms = inputs.split(",")
-    if "->" not in equation:
-        letters = [letter for letter in sorted(set(inputs)) if letter.isalpha()]
-        out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
-    spare = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    most = max(rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True))
-    dots = "".join(spare[:most])
-    expanded = []
-    for term, rank in zip(terms, ranks, strict=True):
-        count = rank - len(term.replace("...", ""))
-        expanded.append(term.replace("...", dots[len(dots) - count :]))
-    expanded.append(out.replace("...", dots))
-    return None if any(len(set(term)) != len(term) for term in expanded) else tuple(expanded)
 
 
 @rule("aten.scaled_dot_product_attention")

@@ -106,7 +106,10 @@ def repeat_axis(walk: Walk, value: Value, axis: int, times: int) -> Value:
     axis %= len(value.shape)
     shape = (*value.shape[: axis + 1], times, *value.shape[axis + 1 :])
     labels = tuple(own.unsqueeze(axis + 1) for own in value.labels)
-    copied = _copies(walk, Value(shape, labels, value.origin, value.looked_up), [axis + 1])
+    mine = tuple(own for own in labels if own.shape[axis] > 1)  # what varies along other axes alone is not copied
+    copied = _copies(walk, Value(shape, mine or labels, value.origin, value.looked_up), [axis + 1])
+    others = tuple(own for own in labels if own.shape[axis] == 1) if mine else ()
+    copied = Value(shape, (*copied.labels, *others), value.origin, value.looked_up)
     merged = (*value.shape[:axis], value.shape[axis] * times, *value.shape[axis + 1 :])
     return walk.move(copied, lambda t: t.reshape(merged), merged)
 

@@ -81,9 +81,14 @@ def batch_norm(walk: Walk, node: fx.Node) -> Any:
 
 @rule("aten.group_norm")
 def group_norm(walk: Walk, node: fx.Node) -> Value:
-    """Tie the channels of all groups: a group's channels cannot go alone without changing the groups."""
+    """Tie the channels of each group: a whole group may go, because the others' means do not depend on it."""
     value = walk.value(node.args[0])
-    walk.tie_axes(value, list(range(1, len(value.shape))))
+    groups = int(concrete(node.args[1]))
+    for labels in value.labels:
+        places = list(range(2, len(value.shape)))
+        if labels.shape[1] > 1:
+            labels, places = labels.unflatten(1, (groups, -1)), [2, *(axis + 1 for axis in places)]
+        walk.tie_along(labels, places)
     spread = (1, -1) + (1,) * (len(value.shape) - 2)
     extra = []
     for argument in node.args[2:4]:

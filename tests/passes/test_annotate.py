@@ -212,7 +212,7 @@ REDUCED: dict[str, Body] = {
     "amax": lambda m, h: h - h.amax(-1, keepdim=True),
     "var": lambda m, h: h / h.var(-1, keepdim=True),
     "vector_norm": lambda m, h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True),
-    "group_norm": lambda m, h: functional.group_norm(h.transpose(1, 2), 2).transpose(1, 2),
+    "group_norm": lambda m, h: functional.group_norm(h.transpose(1, 2), 1).transpose(1, 2),
 }
 
 
@@ -221,6 +221,11 @@ def test_reductions_tie_along_their_axis(case: str) -> None:
     program, labels = _mlp(REDUCED[case])
     every = list(range(6))
     assert follows(program, labels, {("up", 0): [0]}) == {("up", 0): every, ("down", 1): every}
+
+
+def test_a_group_norm_ties_the_channels_of_each_group() -> None:
+    program, labels = _mlp(lambda m, h: functional.group_norm(h.transpose(1, 2), 2).transpose(1, 2))
+    assert follows(program, labels, {("up", 0): [4]}) == {("up", 0): [3, 4, 5], ("down", 1): [3, 4, 5]}
 
 
 def test_reductions_over_other_axes_tie_nothing() -> None:
