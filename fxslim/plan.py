@@ -357,7 +357,7 @@ class Plan(Frozen):
     Attributes:
         sites: the sites that are narrowed; a site that keeps everything does not appear.
         edits: changes of integers in modules (module form); empty until ``slim`` has found them.
-        spread: sites that the module form narrows in their linears alone: no integer says their width, so that what lies
+        spread: sites that the module form narrows in their linears alone: no integer says their width, and what lies
             between the linears keeps it, with zeros.
         zeroed: sites that the module form cannot express: units stay in place, their consumer columns are zero.
         requested: what was asked for.

@@ -39,7 +39,9 @@ class Spread:
         axis = channel_axis(module)
         places = {channel: place for place, channel in enumerate(self.keep)}
         index = [places.get(channel, len(self.keep)) for channel in range(self.size)]
-        padded = functional.pad(output, [0, 0] * (-1 - axis) + [0, 1])  # one channel of zeros, taken wherever one is gone
+        padded = functional.pad(
+            output, [0, 0] * (-1 - axis) + [0, 1]
+        )  # one channel of zeros, taken wherever one is gone
         return padded.index_select(axis, torch.tensor(index, device=output.device))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxslim.multihead import is_narrowable
 from fxslim.passes.heads import head_edits
-from fxslim.passes.spreads import spread_edits
+from fxslim.passes.spreads import can_spread, spread_edits
 from fxslim.passes.trial import Edited, Trial
 from fxslim.passes.watch import Watch
 from fxslim.plan import AnyEdit, AttentionEdit, ConfigEdit, GatherEdit, Plan, SitePlan
@@ -52,13 +52,14 @@ def find_edits(
     stuck: list[str] = []
     known: dict[Looks, _Known] = {}
 
-    def so_far(*, also: Sequence[SitePlan] = ()) -> Plan:
+    def so_far(*more: SitePlan) -> Plan:
         """Return the plan with what was found, and some more sites narrowed in their linears."""
-        every = [*spread, *also]
-        narrow = plan.model_copy(update={"sites": tuple(p for p in plan.sites if p not in every), "zeroed": tuple(stuck)})
-        more = spread_edits(model, narrow, every) or ()
+        every = (*spread, *more)
+        rest = tuple(part for part in plan.sites if part not in every)
+        narrow = plan.model_copy(update={"sites": rest, "zeroed": tuple(stuck)})
+        edits = (*found, *spread_edits(model, narrow, every))
         names = tuple(part.site.name for part in every)
-        return plan.model_copy(update={"edits": (*found, *more), "spread": names, "zeroed": tuple(stuck)})
+        return plan.model_copy(update={"edits": edits, "spread": names, "zeroed": tuple(stuck)})
 
     for path, parts in holders(model, plan).items():
         heads = head_edits(model, plan, parts)
@@ -77,22 +78,21 @@ def find_edits(
         if not kept:
             found = [edit for edit in found if edit not in (heads or ())]
         found.extend(edits)
-        here = []
+        apart: list[SitePlan] = []
         for part in parts:
-            if part in kept:
-                continue
-            left = tuple(p.site.name for p in parts if p not in (*kept, *here, part))
-            trial = so_far(also=[*here, part])
-            trial = trial.model_copy(update={"zeroed": (*trial.zeroed, *left)})
-            fits = spread_edits(model, trial, [part]) is not None
-            if fits and Trial(model, trial, path, [*kept, *here, part], watches[path], {}).search(()) == ():
-                here.append(part)
-        spread.extend(here)
-        stuck.extend(part.site.name for part in parts if part not in (*kept, *here))
+            if part not in kept and can_spread(model, part):
+                trial = so_far(*apart, part)
+                rest = (p.site.name for p in parts if p not in (*kept, *apart, part))
+                trial = trial.model_copy(update={"zeroed": (*trial.zeroed, *rest)})
+                narrowed = Trial(model, trial, path, [*kept, *apart, part], watches[path], {}, whole=False)
+                apart.extend([part] if narrowed.search(()) == () else [])
+        spread.extend(apart)
+        left = [part for part in parts if part not in (*kept, *apart)]
+        stuck.extend(part.site.name for part in left)
         known[looks] = _Known(
-            tuple((e.module[len(path) :], e) for e in edits),
-            frozenset(i for i, part in enumerate(parts) if part in here),
-            frozenset(i for i, part in enumerate(parts) if part not in (*kept, *here)),
+            tuple((edit.module[len(path) :], edit) for edit in edits),
+            frozenset(parts.index(part) for part in apart),
+            frozenset(parts.index(part) for part in left),
         )
     done = so_far()
     return Edits(done.edits, done.spread, tuple(stuck))
@@ -181,8 +181,8 @@ def _likewise(
     for suffix, edit in known:
         module = f"{path}{suffix}"
         if isinstance(edit, GatherEdit | AttentionEdit):
-            part = next(p for p in parts if p.site.units == edit.size)
-            edits.append(edit.model_copy(update={"module": module, "keep": part.keep}))
+            keeps = [part.keep for part in parts if part.site.units == edit.size]
+            edits.extend(edit.model_copy(update={"module": module, "keep": keep}) for keep in keeps[:1])
             continue
         owner: Any = model.get_submodule(module)
         old = getattr(owner.config if isinstance(edit, ConfigEdit) else owner, edit.name, None)

@@ -246,7 +246,7 @@ def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...]) -> Cut:
 
 @dataclass(frozen=True)
 class References:
-    """What the masked model returns, what was seen of its modules while it ran, and which paths it cannot be run along."""
+    """What the masked model returns, what was seen of its modules while it ran, and what it could not be run along."""
 
     references: tuple[Reference, ...]
     watches: Mapping[str, Watch]
@@ -521,9 +521,7 @@ def inspecting() -> Pipeline:
     return Pipeline(INSPECT, given=(Subject,))
 
 
-def narrowing(
-    request: Request, *, given_plan: bool, last: tuple[Pass, ...], open_axes: int | None = None
-) -> Pipeline:
+def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...], open_axes: int | None = None) -> Pipeline:
     """Return the pipeline that narrows a model by a request, or by a plan that is given."""
     first = (Trace(open_axes), *([Follow()] if makes_graph(last) else []), *INSPECT[1:])
     if given_plan:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from fxslim.plan import Plan, SitePlan, SpreadEdit
+from fxslim.plan import Plan, SitePlan, Slice, SpreadEdit
 from fxslim.program import named_tensors
 from fxslim.spread import CONVOLUTIONS
 
@@ -15,43 +15,51 @@ OUTPUT_DIM = {"in_features": 0, "in_channels": 0, "nx": 1}
 """Attribute by which a linear is known -> the dimension of its weight that holds its outputs."""
 
 
-def spread_edits(model: nn.Module, plan: Plan, parts: Sequence[SitePlan]) -> tuple[SpreadEdit, ...] | None:
-    """Return the edits that let some sites be narrowed in their linears, or None where that does not do.
+Side = tuple[str, str]
+"""Path of a linear, and ``input`` or ``output``."""
 
-    Every consumer has to be a linear of its own, and one producer at least. Tables and scales between them stay.
+
+def can_spread(model: nn.Module, part: SitePlan) -> bool:
+    """Tell whether a site can be narrowed in its linears: all its consumers and one producer at least are such."""
+    sides = _sides(model, part)
+    consumers = sum(piece.role == "in" for piece in part.site.slices)
+    return len([side for _, side in sides if side == "input"]) == consumers < len(sides)
+
+
+def spread_edits(model: nn.Module, plan: Plan, parts: Sequence[SitePlan]) -> tuple[SpreadEdit, ...]:
+    """Return the edits that let some sites be narrowed in their linears. Tables and scales between these stay.
 
     Args:
         model: the dense model.
         plan: everything else that is narrowed, with its edits.
         parts: the sites.
     """
-    owners = _owners(model)
     others = plan.model_copy(update={"sites": plan.cut()}).removed_rows()
-    gone: dict[tuple[str, str], np.ndarray] = {}
-    around: dict[tuple[str, str], np.ndarray] = {}
+    gone: dict[Side, np.ndarray] = {}
+    around: dict[Side, np.ndarray] = {}
     for part in parts:
-        for piece in part.site.slices:
-            path, _, leaf = piece.tensor.rpartition(".")
-            fits = leaf == "weight" and owners.get(piece.tensor, ()) == (path,) and _is_side(model, path, piece.dim, piece.role)
-            if piece.role == "in" and not fits:
-                return None
-            if fits:
-                key = (path, f"{piece.role}put")
-                removed = piece.removed(part.gone)
-                gone[key] = gone.get(key, np.zeros_like(removed)) | removed
-                around[key] = others.get((piece.tensor, piece.dim), np.zeros_like(removed))
-    if not any(side == "output" for _, side in gone):
-        return None
-    return tuple(
-        SpreadEdit(
-            module=path,
-            name="output" if side == "output" else "input",
-            size=int((~around[path, side]).sum()),
-            keep=tuple(np.flatnonzero(~removed[~around[path, side]]).tolist()),
-        )
-        for (path, side), removed in gone.items()
-        if (removed & ~around[path, side]).any()
-    )
+        for side, piece in _sides(model, part).items():
+            removed = piece.removed(part.gone)
+            around[side] = others.get((piece.tensor, piece.dim), np.zeros_like(removed))
+            gone[side] = gone.get(side, np.zeros_like(removed)) | removed
+    made = []
+    for (path, side), removed in gone.items():
+        there = ~around[path, side]
+        keep = tuple(np.flatnonzero(~removed[there]).tolist())
+        made.append(SpreadEdit(module=path, name=side, size=int(there.sum()), keep=keep))  # type: ignore[arg-type]
+    return tuple(made)
+
+
+def _sides(model: nn.Module, part: SitePlan) -> dict[Side, Slice]:
+    """Return the sides of linears that a site's slices are, leaving out every other slice."""
+    owners = _owners(model)
+    sides: dict[Side, Slice] = {}
+    for piece in part.site.slices:
+        path, _, leaf = piece.tensor.rpartition(".")
+        alone = leaf == "weight" and owners.get(piece.tensor) == (path,)
+        if alone and _is_side(model.get_submodule(path), piece.dim, piece.role):
+            sides[path, f"{piece.role}put"] = piece
+    return sides
 
 
 def _owners(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
@@ -64,9 +72,8 @@ def _owners(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
     return owners
 
 
-def _is_side(model: nn.Module, path: str, dim: int, role: str) -> bool:
+def _is_side(module: nn.Module, dim: int, role: str) -> bool:
     """Tell whether a dimension of a module's weight is that side of a linear (or of a plain convolution)."""
-    module = model.get_submodule(path)
     if isinstance(module, CONVOLUTIONS):
         return module.groups == 1 and dim == (0 if role == "out" else 1)
     output = next((OUTPUT_DIM[name] for name in OUTPUT_DIM if name in vars(module)), None)

@@ -18,18 +18,22 @@ from tqdm import tqdm
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from benchmarks.environment import write_result  # noqa: E402
-from benchmarks.zoo.cases import CASES, read_cases  # noqa: E402
-from benchmarks.zoo.check import Row  # noqa: E402
-from benchmarks.zoo.pool import LIMIT, run_all  # noqa: E402
-from benchmarks.zoo.table import markdown, totals  # noqa: E402
+from benchmarks.environment import write_result
+from benchmarks.zoo.cases import CASES, read_cases
+from benchmarks.zoo.check import Row
+from benchmarks.zoo.pool import LIMIT, run_all
+from benchmarks.zoo.table import markdown, totals
 
 
 def main() -> None:
     """Run the cases and write the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description="Run the compiler over a file of tiny models.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.zoo", description="Run the compiler over a file of tiny models."
+    )
     parser.add_argument("--cases", type=Path, default=CASES, help="a file with one case a line")
-    parser.add_argument("--only", action="append", help="a family or a class; may be given several times, or with commas")
+    parser.add_argument(
+        "--only", action="append", help="a family or a class; may be given several times, or with commas"
+    )
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2)), help="processes at a time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a case may take")
     parser.add_argument("--json", type=Path, help="where to write the rows as JSON")

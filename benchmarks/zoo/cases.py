@@ -70,7 +70,7 @@ def build(case: Case, dtype: torch.dtype) -> Any:
 
 
 def scatter(model: nn.Module) -> None:
-    """Give every parameter and running statistic values of its own: zeros, ones and tiny weights would hide mistakes."""
+    """Give every parameter and running statistic values of its own: zeros, ones and tiny weights hide mistakes."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(like: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class Dtypes(TorchDispatchMode):
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Run a model on copies of its inputs, drawing the same numbers every time; return its tensors by where they are."""
+    """Run a model on copies of its inputs, drawing the same numbers every time; return its tensors by their places."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(4)
         result = model(**_each(torch.clone, inputs))

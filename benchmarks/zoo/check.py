@@ -28,7 +28,7 @@ from fxslim.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from agreement import random_plan  # noqa: E402
+from agreement import random_plan
 
 REMOVED = 0.4
 EXACT, INNER_FLOAT32, FLOAT32 = 1e-9, 1e-6, 1e-4
@@ -102,7 +102,8 @@ class Row:
     def failure(self) -> str:
         """Say in a line why a case does not pass everything, or nothing."""
         said = [self.error] if self.error else []
-        said += [f"{form}: {made.outcome}: {made.reason}" for form, made in (("slim", self.slim), ("compile", self.compile))
+        forms = (("slim", self.slim), ("compile", self.compile))
+        said += [f"{form}: {made.outcome}: {made.reason}" for form, made in forms
                  if made.outcome not in ("exact", "not run")]  # fmt: skip
         said += [f"generation: {self.generates}"] if self.generates not in ("", "equal") else []
         said += [f"state dict: {self.survives}"] if self.survives not in ("", "yes") else []
@@ -117,7 +118,9 @@ class Row:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """Read plain data."""
-        forms = {form: Form(**{**data[form], "compared": tuple(data[form]["compared"])}) for form in ("slim", "compile")}
+        forms = {
+            form: Form(**{**data[form], "compared": tuple(data[form]["compared"])}) for form in ("slim", "compile")
+        }
         return cls(**{**data, **forms})
 
 
@@ -243,7 +246,7 @@ def _compare(
         try:
             with without_caches(model), fxslim.masked(model, plan):
                 expected = outputs(model, varied)
-        except Exception:  # noqa: BLE001 - a model may refuse other inputs for reasons of its own
+        except Exception:
             if name == "as traced":
                 raise
             continue
@@ -267,7 +270,11 @@ def _compare(
     made = small.fxslim.plan
     stays = {part.site.name for part in made if part.site.name in made.zeroed}
     smaller = {
-        piece.tensor for part in made if part.site.name not in stays for piece in part.site.slices if piece.role == "out"
+        piece.tensor
+        for part in made
+        if part.site.name not in stays
+        for piece in part.site.slices
+        if piece.role == "out"
     }
     canonical = _canonical(model)
     narrowed = sum(canonical.get(f"{path}.weight", f"{path}.weight") in smaller for path in producers)
@@ -281,7 +288,7 @@ def _compare(
 
 
 def distance(expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference relative to the expected tensor's scale; equal infinities and NaNs do not differ."""
+    """Return the largest difference relative to the expected tensor's scale; equal infinities and NaNs are equal."""
     if (expected.shape, expected.dtype) != (found.shape, found.dtype):
         return float("inf")
     if not expected.numel():
@@ -309,7 +316,9 @@ def _generates(model: Any, small: Any, plan: Plan, inputs: Mapping[str, Any]) ->
     def greedy(which: Any, given: Mapping[str, Any]) -> Tensor:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(4)
-            made = which.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, use_cache=True)
+            made = which.generate(
+                **given, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, use_cache=True
+            )
         made = made if isinstance(made, Tensor) else getattr(made, "sequences", made[0])
         return made if isinstance(made, Tensor) else made[0]
 

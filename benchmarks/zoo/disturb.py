@@ -140,7 +140,9 @@ class Oracle:
             entry = value.select(_axis(self.linears[path]), channel)
             generator = torch.Generator().manual_seed(5)
             noise = torch.rand(entry.shape, generator=generator, dtype=torch.float64) * 2 - 1
-            entry.add_(((noise + noise.sign()) * (1 + float(entry.abs().max() if entry.numel() else 0))).to(value.dtype))
+            entry.add_(
+                ((noise + noise.sign()) * (1 + float(entry.abs().max() if entry.numel() else 0))).to(value.dtype)
+            )
             return value
 
         return edit

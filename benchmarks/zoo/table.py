@@ -34,10 +34,16 @@ def summary(rows: Sequence[Row]) -> str:
     cases, prunable = t["cases"], max(t["prunable"], 1)
     lines = [f"{cases} cases of {t['families']} families.", "", "| | `slim` | `compile` |", "| --- | --- | --- |"]
     for name in ("narrowed", "narrowed or in place"):
-        lines.append(f"| pass, {name} | " + " | ".join(_share(t[name][form], cases) for form in ("slim", "compile")) + " |")
+        lines.append(
+            f"| pass, {name} | " + " | ".join(_share(t[name][form], cases) for form in ("slim", "compile")) + " |"
+        )
     smaller = " | ".join(_share(t["smaller"][form], prunable) for form in ("slim", "compile"))
-    lines.append(f"| prunable linears (oracle: {t['prunable']}, in sites: {_share(t['in sites'], prunable)}) that got smaller | {smaller} |")
-    lines += ["", f"Wrong answers: {t['wrong']}. Seconds on one core: {t['seconds']} in all, {t['slowest']:g} for the slowest."]
+    found = f"oracle: {t['prunable']}, in sites: {_share(t['in sites'], prunable)}"
+    lines.append(f"| prunable linears ({found}) that got smaller | {smaller} |")
+    lines += [
+        "",
+        f"Wrong answers: {t['wrong']}. Seconds on one core: {t['seconds']} in all, {t['slowest']:g} for the slowest.",
+    ]
     return "\n".join(lines)
 
 

@@ -112,7 +112,9 @@ def _passes(node: fx.Node, place: int) -> bool:
         return False
     window, stride, padding = (concrete(parameter(node, name, position, default)) for name, position, default in
                                (("kernel_size", 1, None), ("stride", 2, []), ("padding", 3, 0)))  # fmt: skip
-    sizes_ = [x[place % len(x)] if isinstance(x, list | tuple) and x else x for x in (window, stride or window, padding)]
+    sizes_ = [
+        x[place % len(x)] if isinstance(x, list | tuple) and x else x for x in (window, stride or window, padding)
+    ]
     return sizes_ in ([1, 1, 0], [1, 1, []])
 
 
