@@ -103,8 +103,7 @@ class _Search:
                     families.append(own)
                 elif own:
                     refused.update(dict.fromkeys(part.tolist(), own))
-        taken = {int(leaf) for family in families for leaf in family.leaves}
-        return Found(tuple(families), tuple(self._refusals(taken, refused)))
+        return Found(tuple(families), tuple(self._refusals(families, refused)))
 
     @cached_property
     def incoming(self) -> set[tuple[str, int]]:
@@ -437,15 +436,15 @@ class _Search:
         mine = [key for key, own in zip(self.keys, owned.tolist(), strict=True) if own]
         return sum(key in self.outgoing for key in mine) == 1 and sum(key in self.incoming for key in mine) == 1
 
-    def _refusals(self, taken: set[int], refused: dict[int, str]) -> Iterator[Refusal]:
-        """Say of every consumer outside the families why its channels stay."""
+    def _refusals(self, families: Sequence[Family], refused: dict[int, str]) -> Iterator[Refusal]:
+        """Say of every consumer outside the families, and of every producer that several units share, why it stays."""
+        sliced = {(piece.tensor, piece.dim) for family in families for piece in family.slices}
+        taken = {int(leaf) for family in families for leaf in family.leaves}
         for key in self.keys:
-            if key not in self.incoming:
+            if key not in self.incoming or key in sliced:
                 continue
             rows = self.rows[key]
             distinct = np.unique(rows)
-            if set(distinct.tolist()) & taken:
-                continue
             pinned = [component for component in distinct.tolist() if self.components.pinned[component]]
             if pinned:
                 pin = self.components.pins.get(pinned[0])
@@ -457,6 +456,14 @@ class _Search:
                     (refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels"
                 )
             yield Refusal(key[0], len(rows), reason, self._produced_by_one(distinct))
+        for key in self.keys:
+            distinct = np.unique(self.rows[key])
+            produced = key in self.outgoing and key not in self.incoming and key not in sliced
+            if not produced or self.components.pinned[distinct].any():
+                continue
+            below = {int(leaf) for component in distinct.tolist() for leaf in self.reach[component].indices}
+            if below & taken:
+                yield Refusal(key[0], len(distinct), "units that go one by one share its channels")
 
 
 def tensor_behind(program: Program, node: fx.Node | None, through: tuple[str, ...]) -> str | None:

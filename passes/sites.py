@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
 import numpy as np
+import torch
 from torch import fx, nn
 
 from fxslim.match import Match
@@ -64,7 +65,32 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
         if (reason := families[site.name].heads_refused or ("its heads are not told apart" if site.of_values else ""))
     )
     pinned, refused = (*pinned, *heads, *_unread(program)), (*refused, *heads)
+    pinned = (*pinned, *_rest(model, program, sites, pinned))
     return Sites(tuple(sites), families, pinned, refused, _feeds(program, labels, families), naming)
+
+
+def _rest(model: nn.Module, program: Program, sites: Sequence[Site], notes: Sequence[Note]) -> Iterator[Note]:
+    """Name the linears that neither a site nor a note speaks of: those of a single channel, and those not followed."""
+    said = {piece.tensor for site in sites for piece in site.slices if piece.role == "in"}
+    said |= {f"{note.where}.weight" for note in notes}
+    traced = set(program.tensor_of.values())
+    outside = set(program.untraced)
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        name = program.aliases.get(f"{path}.weight", f"{path}.weight")
+        linear = isinstance(module, LINEARS) or {"nx", "nf"} <= vars(module).keys()
+        linear = linear and getattr(module, "groups", 1) == 1
+        if not linear or name in said or not isinstance(weight, torch.Tensor) or path in outside:
+            continue
+        if name not in traced:
+            yield Note(where=path, reason="it lies outside of what could be traced")
+        elif weight.shape[0 if "nx" in vars(module) else 1] == 1:
+            yield Note(where=path, reason="each of its outputs reads a single channel")
+        else:
+            yield Note(where=path, reason="nothing follows what it reads")
+
+
+LINEARS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _unread(program: Program) -> tuple[Note, ...]:

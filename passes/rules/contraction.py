@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Value, axes_of
 from fxslim.passes.rules.movement import COPIES, MOVES, repeat_axis
-from fxslim.passes.rules.walk import Use, Walk, parameter, pin_axis, rule, sizes
+from fxslim.passes.rules.walk import Use, Walk, concrete, parameter, pin_axis, rule, sizes
 from fxslim.spelling import letters_of
 
 
@@ -247,6 +248,43 @@ def attention(walk: Walk, node: fx.Node) -> Value:
     return contract(walk, node, scores, value, (batch + "st", batch + "te", batch + "se"))
 
 
+def mixed(walk: Walk, node: fx.Node, x: Value) -> Value:
+    """Pin what varies along the places alone of (B, C, *places), which a node mixes, and tie every channel's places."""
+    kept = []
+    for labels in x.labels:
+        if axes_of(labels) and 1 not in axes_of(labels):
+            walk.relations.pin(labels, walk.relations.pin_label(f"{node.target} mixes its places", node.name))
+        else:
+            kept.append(walk.tie_along(labels, range(2, labels.ndim)))
+    return Value(x.shape, tuple(kept), x.origin, x.looked_up)
+
+
+@rule("aten.im2col")
+def unfold(walk: Walk, node: fx.Node) -> Any:
+    """Lay the places of every window out behind each channel: (B, C, H, W) -> (B, C * window, windows)."""
+    x, window = walk.value(node.args[0]), math.prod(concrete(node.args[1]))
+    if len(x.shape) != 4:
+        return walk.opaque(node, f"no rule for {node.target} without a batch axis")
+    x = mixed(walk, node, x)
+    if any(axes_of(labels) != {1} for labels in x.labels):
+        return walk.opaque(node, f"{node.target} over a labelled axis")
+    kept = tuple(labels.reshape(1, -1, 1).repeat_interleave(window, 1) for labels in x.labels)
+    return Value(sizes(node), kept, x.origin, x.looked_up)
+
+
+@rule("aten.col2im")
+def fold(walk: Walk, node: fx.Node) -> Any:
+    """Add windows up again: the places of a window go with their channel."""
+    x, window = walk.value(node.args[0]), math.prod(concrete(node.args[2]))
+    if len(x.shape) != 3:
+        return walk.opaque(node, f"no rule for {node.target} without a batch axis")
+    x = mixed(walk, node, x)
+    if any(axes_of(labels) != {1} for labels in x.labels):
+        return walk.opaque(node, f"{node.target} over a labelled axis")
+    tied = [walk.tie_along(labels.reshape(-1, window), [1]) for labels in x.labels]
+    return Value(sizes(node), tuple(labels.reshape(1, -1, 1, 1) for labels in tied), x.origin, x.looked_up)
+
+
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
 def convolution(walk: Walk, node: fx.Node) -> Any:
     """Contract the channel axis; a depthwise convolution is pointwise in its channels."""
@@ -256,7 +294,8 @@ def convolution(walk: Walk, node: fx.Node) -> Any:
     if len(x.shape) != space + 2:
         return walk.opaque(node, "no rule for a convolution without a batch axis")
     groups = parameter(node, "groups", 6, 1)
-    if any(axes_of(labels) - {1} for labels in x.labels):
+    x = mixed(walk, node, x)
+    if any(axes_of(labels) != {1} for labels in x.labels):
         return walk.opaque(node, "convolution over a labelled axis")
     kernel = weight.labels
     spatial = [labels for labels in kernel if min(axes_of(labels), default=0) >= 2]
