@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint types format bench clean
+.PHONY: help demo test install lint types format bench zoo clean
 
 help:
 	@echo "make demo    shrink the packaged all-MiniLM-L6-v2 and print what came of it"
 	@echo "make test    lint, strict types and every test"
+	@echo "make zoo     run every public model case in both forms (a quick part of it is in the tests)"
 	@echo "make lint | types | format | bench | install | clean"
 
 demo: install
@@ -43,6 +44,9 @@ types: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+zoo: install
+	$(BIN)/python -m benchmarks.zoo
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import TraceError
@@ -133,19 +134,46 @@ def _is_image(value: torch.Tensor) -> bool:
 Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
 
 
+MOST_GUARDS = 100
+"""Questions about open sizes after which a trace is given up: loops over blocks and windows ask thousands, each slower
+than the one before, and what comes of it holds for the traced sizes anyway. Other models ask fewer than twenty."""
+
+
+class _TooManyGuardsError(Exception):
+    """A trace asks too many questions about open sizes."""
+
+
+class _FewGuards(TorchFunctionMode):
+    """Give a trace up that asks too many questions about open sizes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            size = next((size for size in result.shape if isinstance(size, torch.SymInt)), None)
+            if size is not None and len(size.node.shape_env.guards) > MOST_GUARDS:
+                raise _TooManyGuardsError(f"more than {MOST_GUARDS} questions about open sizes")
+        return result
+
+
 def _attempts(
     shadow: nn.Module, example: dict[str, Any], open_axes: int | None
 ) -> Iterator[tuple[bool, Callable[[], Exported]]]:
     """Yield the ways to export a model, by itself and by the library that it comes from: open sizes?, the call."""
 
-    def dynamic(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: pytree.tree_map(lambda x: _dynamic(x, open_axes), value) for name, value in inputs.items()}
+    def dynamic(inputs: dict[str, Any], axes: int | None = open_axes) -> dict[str, Any]:
+        return {name: pytree.tree_map(lambda x: _dynamic(x, axes), value) for name, value in inputs.items()}
 
     def plainly(shapes: Any) -> Exported:
         with _taking(shadow, tuple(example)):
             return torch.export.export(shadow, (), example, dynamic_shapes=shapes, strict=False), example
 
-    yield True, lambda: plainly(dynamic(example))
+    def within(shapes: Any) -> Exported:
+        with _FewGuards():
+            return plainly(shapes)
+
+    yield True, lambda: within(dynamic(example))
+    if open_axes is None:
+        yield True, lambda: within(dynamic(example, 1))
     yield False, lambda: plainly(None)
     if applies(shadow):
         yield True, lambda: export_patched(shadow, example, dynamic)

@@ -37,6 +37,8 @@ def find_edits(
     plan: Plan,
     sizes: Sizes,
     watches: Mapping[str, Watch],
+    *,
+    left: frozenset[str] = frozenset(),
 ) -> Edits:
     """Find the integer edits that a plan needs.
 
@@ -46,6 +48,7 @@ def find_edits(
         sizes: site name -> old size -> new sizes, over every axis that the site changes.
         watches: what was seen of modules while the masked model ran. A module that was not watched takes the edits of
             one that looks alike; the verification has to show that this was right.
+        left: names of sites that are not to be tried: a verification failed there.
     """
     found: list[AnyEdit] = []
     spread: list[SitePlan] = []
@@ -61,7 +64,9 @@ def find_edits(
         names = tuple(part.site.name for part in every)
         return plan.model_copy(update={"edits": edits, "spread": names, "zeroed": tuple(stuck)})
 
-    for path, parts in holders(model, plan).items():
+    for path, every in holders(model, plan).items():
+        stuck.extend(part.site.name for part in every if part.site.name in left)
+        parts = [part for part in every if part.site.name not in left]
         heads = head_edits(model, plan, parts)
         found.extend(heads or ())
         if is_narrowable(model.get_submodule(path)):  # nothing else in there holds a size
@@ -87,12 +92,12 @@ def find_edits(
                 narrowed = Trial(model, trial, path, [*kept, *apart, part], watches[path], {}, whole=False)
                 apart.extend([part] if narrowed.search(()) == () else [])
         spread.extend(apart)
-        left = [part for part in parts if part not in (*kept, *apart)]
-        stuck.extend(part.site.name for part in left)
+        rest_of = [part for part in parts if part not in (*kept, *apart)]
+        stuck.extend(part.site.name for part in rest_of)
         known[looks] = _Known(
             tuple((edit.module[len(path) :], edit) for edit in edits),
             frozenset(parts.index(part) for part in apart),
-            frozenset(parts.index(part) for part in left),
+            frozenset(parts.index(part) for part in rest_of),
         )
     done = so_far()
     return Edits(done.edits, done.spread, tuple(stuck))

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
-from fxslim.errors import PlanError, TraceError, UnsupportedModelError
+from fxslim.errors import PlanError, TraceError, UnsupportedModelError, VerifyError
 from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
@@ -356,6 +356,9 @@ SPREAD = (
 )
 
 
+LEFT = "narrowed, it would not compute the same on every path; its units stay in place, with zero columns"
+
+
 @dataclass(frozen=True)
 class NarrowModule:
     """Narrow the user's own class. Ensures: a copy; what no edit can express stays in place, zeroed and noted."""
@@ -365,21 +368,23 @@ class NarrowModule:
 
     def run(self, facts: Facts) -> Facts:
         """Narrow."""
-        model, plan = facts.get(Subject).model, facts.get(Plan)
+        plan = facts.get(Plan)
         if not (plan.edits or plan.spread or plan.zeroed):
-            sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
-            found = find_edits(model, plan, sizes, facts.get(References).watches)
-            notes = (*(Note(where=name, reason=STUCK) for name in found.stuck),
-                     *(Note(where=name, reason=SPREAD) for name in found.spread))  # fmt: skip
-            plan = plan.model_copy(
-                update={
-                    "edits": found.edits,
-                    "spread": found.spread,
-                    "zeroed": found.stuck,
-                    "notes": (*plan.notes, *notes),
-                }
-            )
-        return facts.adding(plan, Narrowed(narrowed_copy(model, plan)))
+            plan = edited(facts, frozenset())
+        return facts.adding(plan, Narrowed(narrowed_copy(facts.get(Subject).model, plan)))
+
+
+def edited(facts: Facts, left: frozenset[str]) -> Plan:
+    """Return the plan with the edits that it needs; sites that are left stay in place, as those without edits do."""
+    plan = facts.get(Plan).model_copy(update={"edits": (), "spread": (), "zeroed": ()})
+    sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
+    found = find_edits(facts.get(Subject).model, plan, sizes, facts.get(References).watches, left=left)
+    reasons = dict.fromkeys(found.stuck, STUCK) | dict.fromkeys(found.spread, SPREAD) | dict.fromkeys(left, LEFT)
+    notes = tuple(note for note in plan.notes if note.reason not in (STUCK, SPREAD, LEFT))
+    notes = (*notes, *(Note(where=name, reason=reason) for name, reason in reasons.items()))
+    return plan.model_copy(
+        update={"edits": found.edits, "spread": found.spread, "zeroed": found.stuck, "notes": notes}
+    )
 
 
 def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozenset[int]]:
@@ -443,16 +448,32 @@ class NarrowGraph:
 
 @dataclass(frozen=True)
 class Verify:
-    """Compare masked and narrowed. Ensures: they agree along every path, or VerifyError."""
+    """Compare masked and narrowed. Ensures: they agree along every path, or VerifyError.
+
+    Attributes:
+        retreat: whether a site of a module at which they disagree is left in place, and the rest tried again.
+    """
+
+    retreat: bool = False
 
     requires: ClassVar[tuple[type, ...]] = (Subject, Plan, Narrowed, References)
     ensures: ClassVar[tuple[type, ...]] = (Verification,)
 
     def run(self, facts: Facts) -> Facts:
         """Compare."""
-        references = facts.get(References).references
-        model, small = facts.get(Subject).model, facts.get(Narrowed).module
-        return facts.adding(compare(model, small, facts.get(Plan), references))
+        references, model = facts.get(References).references, facts.get(Subject).model
+        plan, small = facts.get(Plan), facts.get(Narrowed).module
+        left: frozenset[str] = frozenset()
+        while True:
+            try:
+                return facts.adding(plan, Narrowed(small), compare(model, small, plan, references))
+            except VerifyError as error:
+                sites = {part.site.name for part in plan} - {*plan.zeroed}
+                if not self.retreat or error.site not in sites:
+                    raise
+                left |= {error.site}
+                plan = edited(facts, left)
+                small = narrowed_copy(model, plan)
 
 
 def graph_paths(ways: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -498,7 +519,7 @@ CHECK_PLAN: tuple[Pass, ...] = (Reread(), Take())
 
 def slim_passes(*, thorough: bool = False, lossless: bool = False) -> tuple[Pass, ...]:
     """Return the passes that narrow a module; thorough ones are for modules that look alike and need other edits."""
-    return (Refer(thorough=thorough, lossless=lossless), NarrowModule(), Verify(), Account())
+    return (Refer(thorough=thorough, lossless=lossless), NarrowModule(), Verify(retreat=thorough), Account())
 
 
 def compile_passes(*, narrow: bool = True, lossless: bool = False) -> tuple[Pass, ...]:

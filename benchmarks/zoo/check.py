@@ -149,8 +149,7 @@ def _run(case: Case, row: Row) -> None:
         try:
             small = make(model, inputs, plan=plan)
         except FxslimError as error:
-            outcome = "wrong" if type(error).__name__ == "VerifyError" else "refused"
-            return Form(outcome, f"{type(error).__name__}: {_said(error)}"), None
+            return Form("refused", f"{type(error).__name__}: {_said(error)}"), None
         except Exception as error:  # noqa: BLE001
             return Form("crash", _said(error)), None
         graph = make is fxslim.compile
@@ -209,7 +208,8 @@ def _account(row: Row, model: nn.Module, found: fxslim.Inspection, probes: list[
             row.found += 1
             continue
         consumer = canonical.get(f"{probe.consumer}.weight", f"{probe.consumer}.weight")
-        reason = inside.get(consumer) or _spoken(probe.consumer, consumer, noted) or _spoken(probe.producer, weight, noted)
+        reason = inside.get(consumer) or _spoken(probe.consumer, consumer, noted)
+        reason = reason or _spoken(probe.producer, weight, noted)
         if reason:
             row.reasons.setdefault(reason, []).append(probe.producer)
         else:

@@ -21,6 +21,15 @@ def along(walk: Walk, node: fx.Node) -> Value:
     return walk.tie_axes(walk.value(node.args[0]), [int(concrete(parameter(node, "dim", 1)))])
 
 
+@rule("aten.fft_fft", "aten.fft_ifft", "aten.fft_rfft", "aten.fft_irfft", "aten.fft_hfft", "aten.fft_ihfft")
+def transform(walk: Walk, node: fx.Node) -> Value:
+    """Transform one axis, whose coordinates all mix, into another of its own length."""
+    value = walk.value(node.args[0])
+    axis = int(concrete(parameter(node, "dim", 2, -1))) % len(value.shape)
+    mixed = walk.reduce(value, [axis], keepdim=True)
+    return Value(sizes(node), mixed.labels, value.origin, value.looked_up)
+
+
 REDUCTIONS = (
     "aten.sum", "aten.mean", "aten.amax", "aten.amin", "aten.prod", "aten.logsumexp", "aten.any", "aten.all",
     "aten.var", "aten.std", "aten.var_mean", "aten.std_mean", "aten.argmax", "aten.argmin", "aten.norm", "aten.max",
