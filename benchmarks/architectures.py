@@ -9,7 +9,6 @@ their rows instead.
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import torch
 import transformers
 
 import fxslim
+from benchmarks.readme import README, written
 from fxslim.errors import FxslimError
 from fxslim.plan import Plan
 
@@ -124,13 +124,6 @@ def table(entries: Iterable[Architecture]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def written(readme: str, inner: str, begin: str = BEGIN, end: str = END) -> str:
-    """Put a table between two of the README's markers."""
-    if begin not in readme or end not in readme:
-        raise SystemExit(f"README.md lacks {begin} and {end}")
-    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{inner}\n{end}", readme, flags=re.DOTALL)
-
-
 def main() -> None:
     """Run everything and rewrite the README, or print the rows of the entries that are named."""
     warnings.simplefilter("ignore")
@@ -139,9 +132,8 @@ def main() -> None:
     if names := sys.argv[1:]:
         print(table({**ARCHITECTURES, **HARD}[name] for name in names))
         return
-    path = ROOT / "README.md"
-    readme = written(path.read_text(encoding="utf-8"), table(ARCHITECTURES.values()))
-    path.write_text(written(readme, table(HARD.values()), HARD_BEGIN, HARD_END), encoding="utf-8")
+    readme = written(README.read_text(encoding="utf-8"), table(ARCHITECTURES.values()), BEGIN, END)
+    README.write_text(written(readme, table(HARD.values()), HARD_BEGIN, HARD_END), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fxslim.errors import InputError, PlanError, UnsupportedModelError, VerifyEr
 from fxslim.folder import replacing
 from fxslim.inputs import bind
 from fxslim.passes.narrow import replay
+from fxslim.passes.prepare import settle
 from fxslim.plan import Plan
 from fxslim.report import Record
 
@@ -212,6 +213,7 @@ def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedMod
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, config, *args, **kwargs)
         with torch.device("cpu"):  # indices are real even where weights are not
+            settle(self)
             replay(self, plan)
 
     same = {"__module__": original.__module__, "__qualname__": original.__qualname__}

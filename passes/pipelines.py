@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from fxslim.count import macs, parameters
@@ -34,7 +35,7 @@ from fxslim.passes.verify import Reference, compare, refer
 from fxslim.passes.watch import Watch, watching
 from fxslim.pipeline import Facts, Pass, Pipeline
 from fxslim.plan import Note, Plan, SitePlan
-from fxslim.program import Program
+from fxslim.program import Program, is_symbolic
 from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
 from fxslim.sharing import share
@@ -274,10 +275,23 @@ class Vary:
 
 VARY = (
     Vary("batch of one", BATCH + 1, LENGTH + 2, 1),
+    Vary("batch of one", BATCH + 1, LENGTH - 2, 1),
+    Vary("batch of one", BATCH + 1, one=1),
     Vary("other values"),
     Vary("other numbers", integers=False),
 )
 """From the furthest to the nearest: the first that the model takes is what it is verified on."""
+
+
+def _unseen(program: Program, vary: Vary) -> bool:
+    """Tell whether a graph would take sizes that inputs varied like this do not show."""
+    if program.regions:
+        return False
+    shapes = [node.meta["val"].shape for node in program.graph.find_nodes(op="placeholder")
+              if node.name in program.inputs and isinstance(node.meta["val"], torch.Tensor)]  # fmt: skip
+    first = any(is_symbolic(size) for shape in shapes for size in shape[:1])
+    rest = any(is_symbolic(size) for shape in shapes for size in shape[1:])
+    return (first and vary.batch is None) or (rest and vary.length is None)
 
 
 @dataclass(frozen=True)
@@ -315,6 +329,9 @@ class Refer:
                 if vary is VARY[-1]:
                     raise
         assert made is not None
+        if self.graph and _unseen(program, vary):
+            where = "the model takes no other sizes of those that were tried, so that none can be verified"
+            raise VerifyError("output", float("inf"), 0.0, where)
         if not made.references:
             raise UnsupportedModelError(
                 "no call leads through the parts of this model that were traced (they keep state of their own, or are "
@@ -382,9 +399,7 @@ def edited(facts: Facts, left: frozenset[str]) -> Plan:
     reasons = dict.fromkeys(found.stuck, STUCK) | dict.fromkeys(found.spread, SPREAD) | dict.fromkeys(left, LEFT)
     notes = tuple(note for note in plan.notes if note.reason not in (STUCK, SPREAD, LEFT))
     notes = (*notes, *(Note(where=name, reason=reason) for name, reason in reasons.items()))
-    return plan.model_copy(
-        update={"edits": found.edits, "spread": found.spread, "zeroed": found.stuck, "notes": notes}
-    )
+    return plan.model_copy(update={"edits": found.edits, "spread": found.spread, "zeroed": found.stuck, "notes": notes})
 
 
 def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozenset[int]]:

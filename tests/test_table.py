@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.architectures import BEGIN, END, HEAD, cell, row, written
+from benchmarks.architectures import BEGIN, END, HEAD, cell, row
+from benchmarks.readme import written
 
 from architectures import ARCHITECTURES
 
@@ -47,6 +48,6 @@ def test_one_failure_is_enough() -> None:
 
 
 def test_only_what_is_between_the_markers_is_rewritten() -> None:
-    assert written(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    assert written(f"a\n{BEGIN}\nold\n{END}\nb", "new", BEGIN, END) == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(SystemExit, match="lacks"):
-        written("no markers", "new")
+        written("no markers", "new", BEGIN, END)

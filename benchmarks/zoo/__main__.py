@@ -1,7 +1,7 @@
 """Run the zoo: ``python -m benchmarks.zoo [--cases FILE] [--only NAME] [--jobs N] [--json OUT]``.
 
 Every case runs in a process of its own with a time limit. A table goes to stdout and, when nothing was left out, to
-``benchmarks/results/zoo.md``; progress goes to stderr.
+``benchmarks/results/zoo.md``, its totals to the README; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from benchmarks.environment import write_result
+from benchmarks.readme import README, written
 from benchmarks.zoo.cases import CASES, read_cases
 from benchmarks.zoo.check import Row
 from benchmarks.zoo.pool import LIMIT, run_all
-from benchmarks.zoo.table import markdown, totals
+from benchmarks.zoo.table import BEGIN, END, markdown, summary, totals
 
 
 def main() -> None:
@@ -58,6 +59,8 @@ def main() -> None:
     print(text)
     if given.cases == CASES and not given.only:
         write_result("zoo", payload=totals(rows), markdown=text)
+        readme = README.read_text(encoding="utf-8")
+        README.write_text(written(readme, summary(rows), BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":

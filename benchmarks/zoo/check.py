@@ -24,6 +24,7 @@ from benchmarks.zoo.cases import Case, Dtypes, build, inputs_of, outputs, varian
 from benchmarks.zoo.disturb import Oracle, Probe
 from fxslim.errors import FxslimError
 from fxslim.passes.narrow import replay
+from fxslim.passes.prepare import settle
 from fxslim.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -346,11 +347,13 @@ def _survives(case: Case, small: Any, inputs: Mapping[str, Any]) -> str:
         skeleton = type(small)(_config(case))
     skeleton.eval()
     with torch.device("cpu"):
+        settle(skeleton)
         replay(skeleton, plan)
     skeleton.load_state_dict(small.state_dict(), strict=True, assign=True)
     if _shapes(skeleton) != _shapes(small):
         return "shapes differ"
     loaded = build(case, next(p.dtype for p in small.parameters() if p.is_floating_point()))
+    settle(loaded)
     replay(loaded, plan)
     loaded.load_state_dict(small.state_dict(), strict=True)
     with without_caches(small):

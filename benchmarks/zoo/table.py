@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.zoo.check import Form, Row
 
+BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
 HEAD = ("model", "class", "sites", "oracle", "`slim`", "`compile`", "generates", "survives", "s", "what is missing")
 
 
