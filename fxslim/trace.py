@@ -149,7 +149,7 @@ class _FewGuards(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            size = next((size for size in result.shape if isinstance(size, torch.SymInt)), None)
+            size: Any = next(filter(is_symbolic, result.shape), None)
             if size is not None and len(size.node.shape_env.guards) > MOST_GUARDS:
                 raise _TooManyGuardsError(f"more than {MOST_GUARDS} questions about open sizes")
         return result

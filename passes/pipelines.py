@@ -559,7 +559,8 @@ def inspecting() -> Pipeline:
 
 def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...], open_axes: int | None = None) -> Pipeline:
     """Return the pipeline that narrows a model by a request, or by a plan that is given."""
-    first = (Trace(open_axes), *([Follow()] if makes_graph(last) else []), *INSPECT[1:])
+    follow_dtypes: tuple[Pass, ...] = (Follow(),) if makes_graph(last) else ()
+    first: tuple[Pass, ...] = (Trace(open_axes), *follow_dtypes, *INSPECT[1:])
     if given_plan:
         return Pipeline((*first, *CHECK_PLAN, *last), given=(Subject, Plan))
     return Pipeline((*first, Choose(request), Take(), *last), given=(Subject,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -15,7 +16,7 @@ OUTPUT_DIM = {"in_features": 0, "in_channels": 0, "nx": 1}
 """Attribute by which a linear is known -> the dimension of its weight that holds its outputs."""
 
 
-Side = tuple[str, str]
+Side = tuple[str, Literal["input", "output"]]
 """Path of a linear, and ``input`` or ``output``."""
 
 
@@ -43,10 +44,10 @@ def spread_edits(model: nn.Module, plan: Plan, parts: Sequence[SitePlan]) -> tup
             around[side] = others.get((piece.tensor, piece.dim), np.zeros_like(removed))
             gone[side] = gone.get(side, np.zeros_like(removed)) | removed
     made = []
-    for (path, side), removed in gone.items():
-        there = ~around[path, side]
+    for (path, name), removed in gone.items():
+        there = ~around[path, name]
         keep = tuple(np.flatnonzero(~removed[there]).tolist())
-        made.append(SpreadEdit(module=path, name=side, size=int(there.sum()), keep=keep))  # type: ignore[arg-type]
+        made.append(SpreadEdit(module=path, name=name, size=int(there.sum()), keep=keep))
     return tuple(made)
 
 
@@ -58,7 +59,7 @@ def _sides(model: nn.Module, part: SitePlan) -> dict[Side, Slice]:
         path, _, leaf = piece.tensor.rpartition(".")
         alone = leaf == "weight" and owners.get(piece.tensor) == (path,)
         if alone and _is_side(model.get_submodule(path), piece.dim, piece.role):
-            sides[path, f"{piece.role}put"] = piece
+            sides[path, "input" if piece.role == "in" else "output"] = piece
     return sides
 
 
