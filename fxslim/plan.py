@@ -125,6 +125,7 @@ class Site(Frozen):
         slices: every tensor dimension that follows the units.
         roles: role -> weight tensors, as the pattern names them.
         task_head: whether it lies behind the last repeated block.
+        multiple: the number of units whose rows are left has to be a multiple of this: kernels want aligned strides.
     """
 
     name: Name
@@ -135,6 +136,7 @@ class Site(Frozen):
     slices: tuple[Slice, ...]
     roles: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
     task_head: bool = False
+    multiple: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
 
     @model_validator(mode="after")
     def _sound(self) -> Site:
@@ -200,21 +202,26 @@ class SitePlan(Frozen):
         site: the site.
         keep: units that are kept, in ascending order.
         folds: constants of units that go; they are masked at these values, and without one at zero.
+        stay: units that go, but whose rows stay in the tensors, with zero columns, to fill up a site's multiple.
     """
 
     site: Site
     keep: tuple[Count, ...]
     folds: tuple[Fold, ...] = ()
+    stay: tuple[Count, ...] = ()
 
     @model_validator(mode="after")
     def _sound(self) -> SitePlan:
         name = self.site.name
         if not self.keep:
             raise ValueError(f"site {name}: at least one unit stays")
-        if list(self.keep) != sorted(set(self.keep)) or self.keep[-1] >= self.site.units:
-            raise ValueError(f"site {name}: keep must be ascending unit numbers below {self.site.units}")
+        for which, units in (("keep", self.keep), ("stay", self.stay)):
+            if list(units) != sorted(set(units)) or max(units, default=0) >= self.site.units:
+                raise ValueError(f"site {name}: {which} must be ascending unit numbers below {self.site.units}")
+        if set(self.keep) & set(self.stay):
+            raise ValueError(f"site {name}: a unit is kept, or its rows stay with zero columns, not both")
         if self.site.groups is not None:
-            groups = np.asarray(self.site.groups)[list(self.keep)]
+            groups = np.asarray(self.site.groups)[list(self.left)]
             counts = np.bincount(groups)
             if len(set(counts[counts > 0].tolist())) > 1:
                 raise ValueError(f"site {name}: every group that stays must keep the same number of units")
@@ -227,10 +234,22 @@ class SitePlan(Frozen):
 
     @property
     def gone(self) -> np.ndarray:
-        """Return which units go.  (units,) bool"""
+        """Return which units go: what masks take.  (units,) bool"""
         gone = np.ones(self.site.units, dtype=bool)
         gone[list(self.keep)] = False
         return gone
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """Return the units whose rows are left in the tensors, in ascending order."""
+        return tuple(sorted((*self.keep, *self.stay))) if self.stay else self.keep
+
+    @property
+    def taken(self) -> np.ndarray:
+        """Return the units whose rows are taken out of the tensors.  (units,) bool"""
+        taken = np.ones(self.site.units, dtype=bool)
+        taken[list(self.left)] = False
+        return taken
 
 
 class AttributeEdit(Frozen):
@@ -396,10 +415,15 @@ class Plan(Frozen):
             name = part.site.name
             before = mine.get(name)
             folds = tuple(_dense_rows(fold, rows.get((fold.tensor, fold.dim))) for fold in part.folds)
-            if before is not None and name not in other.zeroed and len(before.keep) == part.site.units:
-                keep = tuple(before.keep[unit] for unit in part.keep)
-                sites[name] = before.model_copy(update={"keep": keep, "folds": (*before.folds, *folds)})
-                continue
+            if before is not None and name not in other.zeroed and len(before.left) == part.site.units:
+                left = [before.left[unit] for unit in part.left]
+                keep = tuple(before.left[unit] for unit in part.keep if before.left[unit] not in before.stay)
+                if keep:
+                    stay = tuple(unit for unit in left if unit not in keep)
+                    sites[name] = before.model_copy(
+                        update={"keep": keep, "stay": stay, "folds": (*before.folds, *folds)}
+                    )
+                    continue
             own = next(n for n in (name, *(f"{name}+{i}" for i in range(2, len(sites) + 3))) if n not in sites)
             slices = tuple(_widened(piece, rows.get((piece.tensor, piece.dim))) for piece in part.site.slices)
             site = part.site.model_copy(update={"name": own, "slices": slices})
@@ -421,9 +445,8 @@ class Plan(Frozen):
         """Return which rows of which tensor dimension go.  (tensor, dim) -> (size,) bool"""
         rows: dict[tuple[str, int], np.ndarray] = {}
         for part in self.sites:
-            gone = part.gone
             for piece in part.site.slices:
-                removed = piece.removed(gone)
+                removed = piece.removed(part.taken)
                 key = (piece.tensor, piece.dim)
                 if key in rows and len(rows[key]) != len(removed):
                     raise PlanError(f"two slices of {piece.tensor} disagree about its size")

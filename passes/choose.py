@@ -116,9 +116,8 @@ def choose(
         asked = bool(gone.any())
         gone = _rounded(site, gone, seen, request.round_to)
         if asked and not gone.any():
-            notes.append(
-                Note(where=site.name, reason=f"rounded up to a multiple of {request.round_to}, everything stays")
-            )
+            multiple = math.lcm(request.round_to, site.multiple)
+            notes.append(Note(where=site.name, reason=f"rounded up to a multiple of {multiple}, everything stays"))
         if gone.any():
             keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
             folds = own.folding(site, gone) if own is not None and request.lossless else ()
@@ -305,14 +304,18 @@ def _lowest(units: np.ndarray, zero: np.ndarray, scores: np.ndarray) -> np.ndarr
 
 
 def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.ndarray:
-    """Keep more units until the consumer's kept rows are a multiple (or all of them)."""
-    if multiple == 1 or not gone.any():
+    """Keep more units until the consumer's kept rows are a multiple, and the site's own is met (or all of them)."""
+    if (multiple == 1 and site.multiple == 1) or not gone.any():
         return gone
     consumer = next(piece for piece in site.slices if piece.role == "in")
     width = int((consumer.owners() == 0).sum()) or 1
     alive = [members for members in _members(site) if not gone[members].all()]
     gone = gone.copy()
-    while (int((~gone).sum()) * width) % multiple and any(gone[members].any() for members in alive):
+
+    def fits(kept: int) -> bool:
+        return (kept * width) % multiple == 0 and kept % site.multiple == 0
+
+    while not fits(int((~gone).sum())) and any(gone[members].any() for members in alive):
         for members in alive:
             dropped = members[gone[members]]
             if len(dropped):

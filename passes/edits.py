@@ -146,7 +146,7 @@ def _likewise(
         module = f"{path}{suffix}"
         if isinstance(edit, GatherEdit | AttentionEdit):
             part = next(p for p in parts if p.site.units == edit.size)
-            edits.append(edit.model_copy(update={"module": module, "keep": part.keep}))
+            edits.append(edit.model_copy(update={"module": module, "keep": part.left}))
             continue
         owner: Any = model.get_submodule(module)
         old = getattr(owner.config if isinstance(edit, ConfigEdit) else owner, edit.name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from fxslim.labels import Value, axes_of
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
-from fxslim.passes.rules.contraction import PICKS
+from fxslim.passes.rules.contraction import GROUPED, PICKS
 from fxslim.passes.rules.movement import COPIES, MOVES
 from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
@@ -25,6 +26,10 @@ from fxslim.program import Program, module_path, shape_of
 
 DRAWS = (0.0, 0.5)
 """Fractions (at least one unit) of the random removals that a constraint has to survive before a site is published."""
+
+
+ALIGNED = 8
+"""How many numbers of two bytes make up 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Family:
         slices: what follows the units.
         scored: whether the units are the heads of a score product (query times key).
         heads_refused: why the heads do not go where the units are smaller than they; "" elsewhere.
+        multiple: the number of units that are left has to be a multiple of this.
     """
 
     leaves: np.ndarray
@@ -48,6 +54,7 @@ class Family:
     slices: tuple[Slice, ...]
     scored: bool
     heads_refused: str = ""
+    multiple: int = 1
 
     @property
     def units(self) -> int:
@@ -208,11 +215,18 @@ class _Search:
             found = self._constraint(leaves, members, level, partitions, above)
             if not isinstance(found, str):
                 refused = "" if level is scored else heads or self._tied_heads(leaves)
-                return Family(leaves, members, level, found, slices, level is scored, refused)
+                multiple = self._multiple(leaves, int(level.max()) + 1)
+                return Family(leaves, members, level, found, slices, level is scored, refused, multiple)
             reason = found
             if level is scored:
                 heads = reason
         return reason or "its channels all go together"
+
+    def _multiple(self, leaves: np.ndarray, units: int) -> int:
+        """Return what the kept number must be a multiple of: grouped products want strides of whole 16 bytes."""
+        grouped = [use for use in (*self.labels.contracted, *self.labels.produced) if operation(use.node) in GROUPED]
+        met = any(np.isin(self.components.of[use.labels.numpy()], leaves).any() for use in grouped)
+        return math.gcd(units, ALIGNED) if met else 1
 
     def _constraint(
         self,

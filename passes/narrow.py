@@ -123,14 +123,14 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
 
 
 def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
-    """Return the tensors that a plan changes, with rows taken out (or zeroed for sites that stay in place)."""
+    """Return the tensors that a plan changes, with rows taken out (or columns zeroed for what stays in place)."""
     changed = folded(tensors, plan.sites)
     zeroed = set(plan.zeroed)
     narrow = plan.model_copy(update={"sites": tuple(part for part in plan.sites if part.site.name not in zeroed)})
     with torch.no_grad():
         for part in plan.sites:
-            if part.site.name in zeroed:
-                _zero(part, tensors, changed)
+            if part.site.name in zeroed or part.stay:
+                changed.update(cleared(tensors, changed, part))
         for (name, dim), gone in narrow.removed_rows().items():
             if gone.any():
                 tensor = changed.get(name, tensors[name]).detach()
@@ -139,12 +139,23 @@ def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torc
     return changed
 
 
-def _zero(part: SitePlan, tensors: Mapping[str, torch.Tensor], changed: dict[str, torch.Tensor]) -> None:
+def cleared(
+    tensors: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor], part: SitePlan
+) -> dict[str, torch.Tensor]:
+    """Return a site's consumers with zeros in the columns of all units that go, by name.
+
+    Args:
+        tensors: the dense tensors.
+        changed: those among them that are to be read from here instead.
+        part: the site's plan.
+    """
+    made: dict[str, torch.Tensor] = {}
     for piece in part.site.slices:
         if piece.role == "in":
-            rows = torch.from_numpy(np.flatnonzero(piece.removed(part.gone)))
-            tensor = changed.get(piece.tensor, tensors[piece.tensor]).detach().clone()
-            changed[piece.tensor] = tensor.index_fill_(piece.dim, rows.to(tensor.device), 0)
+            before = made.get(piece.tensor, changed.get(piece.tensor, tensors[piece.tensor]))
+            rows = torch.from_numpy(np.flatnonzero(piece.removed(part.gone))).to(before.device)
+            made[piece.tensor] = before.detach().clone().index_fill_(piece.dim, rows, 0)
+    return made
 
 
 def _own(tensor: torch.Tensor, like: torch.Tensor | None = None, *, clone: bool = True) -> torch.Tensor:

@@ -24,6 +24,7 @@ from fxslim.passes.folding.constants import constants
 from fxslim.passes.folding.foldable import still
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
+from fxslim.passes.pad import padded
 from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.passes.regional import emit_regions, is_regional, leads_as_traced
@@ -217,6 +218,18 @@ def check_plan(plan: Plan, model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
+class Pad:
+    """Fill up what a given plan keeps. Ensures: every kernel can take what is left, and the plan says what stays."""
+
+    requires: ClassVar[tuple[type, ...]] = (Sites, Plan)
+    ensures: ClassVar[tuple[type, ...]] = (Plan,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Pad."""
+        return facts.adding(padded(facts.get(Plan), {site.name: site for site in facts.get(Sites).sites}))
+
+
+@dataclass(frozen=True)
 class Take:
     """Turn the plan into a cut of the labels. Ensures: closed under parents."""
 
@@ -228,11 +241,12 @@ class Take:
         return facts.adding(cut_of(facts.get(Labels), facts.get(Sites), facts.get(Plan).sites))
 
 
-def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...]) -> Cut:
-    """Return the cut that removes what site plans remove."""
+def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...], *, masks: bool = False) -> Cut:
+    """Return the cut that removes the rows that site plans take out, or all that their masks take."""
     families = [sites.families[part.site.name] for part in parts]
     none = np.zeros(0, dtype=np.int64)
-    gone = [f.leaves[part.gone[f.unit_of]] for part, f in zip(parts, families, strict=True)]
+    units = [part.gone if masks else part.taken for part in parts]
+    gone = [f.leaves[own[f.unit_of]] for own, f in zip(units, families, strict=True)]
     members = [f.members for f in families]
     return closed(labels, np.concatenate([none, *gone]), np.concatenate([none, *members]))
 
@@ -373,10 +387,10 @@ def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozens
             for axis, (old, new) in enumerate(zip(value.shape, cut.shape(value), strict=True)):
                 if fixed(node, axis):
                     add(old, new)
-    site, kept = part.site, len(part.keep)
+    site, kept = part.site, len(part.left)
     add(site.units, kept)
     if site.groups is not None:
-        groups = len(set(np.asarray(site.groups)[list(part.keep)].tolist()))
+        groups = len(set(np.asarray(site.groups)[list(part.left)].tolist()))
         add(site.group_count, groups)
         add(site.units // site.group_count, kept // groups)
     return {old: frozenset(new) for old, new in changed.items()}
@@ -403,13 +417,16 @@ class NarrowGraph:
 
     narrow: bool = True
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Plan, Cut, Following)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites, Plan, Cut, Following)
     ensures: ClassVar[tuple[type, ...]] = (Narrowed,)
 
     def run(self, facts: Facts) -> Facts:
         """Narrow, or insert masks."""
-        program, cut, parts = facts.get(Program), facts.get(Cut), facts.get(Plan).sites
-        made = rewrite(program, cut, parts) if self.narrow else insert_masks(program, facts.get(Labels), cut, parts)
+        program, labels, parts = facts.get(Program), facts.get(Labels), facts.get(Plan).sites
+        if self.narrow:
+            made = rewrite(program, facts.get(Cut), parts)
+        else:
+            made = insert_masks(program, labels, cut_of(labels, facts.get(Sites), parts, masks=True), parts)
         if program.regions:
             plan = facts.get(Plan) if self.narrow else facts.get(Plan).model_copy(update={"sites": ()})
             return facts.adding(Narrowed(emit_regions(facts.get(Subject).model, program, made, plan)))
@@ -469,7 +486,7 @@ class Account:
 
 
 INSPECT: tuple[Pass, ...] = (Trace(), Annotate(), Find(), Name(), Order())
-CHECK_PLAN: tuple[Pass, ...] = (Reread(), Take())
+CHECK_PLAN: tuple[Pass, ...] = (Reread(), Pad(), Take())
 
 
 def slim_passes(*, thorough: bool = False, lossless: bool = False) -> tuple[Pass, ...]:

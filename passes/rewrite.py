@@ -16,6 +16,7 @@ from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.folding.fold import fills, folded
+from fxslim.passes.narrow import cleared
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rules.walk import Use, parameter
 from fxslim.plan import SitePlan
@@ -39,13 +40,16 @@ def rewrite(program: Program, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewri
     Args:
         program: the program.
         cut: what goes.
-        parts: what that is at the sites; their constants are folded into biases.
+        parts: what that is at the sites; their constants are folded into biases, and what stays gets zero columns.
 
     Raises:
         NarrowError: an operation cannot be rewritten for this cut.
     """
     graph, twin = copied(program)
     dense = dict(program.tensors) | folded(program.tensors, parts)
+    with torch.no_grad():
+        for part in parts:
+            dense |= cleared(program.tensors, dense, part) if part.stay else {}
     tensors = {name: narrowed(program, cut, name, tensor) for name, tensor in dense.items()}
     for old in program.graph.nodes:
         if old.op != "call_function" or old.target is operator.getitem:

@@ -162,7 +162,11 @@ def linear(walk: Walk, node: fx.Node) -> Value:
     return out if bias is None else walk.join([out, walk.value(bias)], sizes(node))
 
 
-@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+"""Products of rows with one matrix of several each."""
+
+
+@rule(*GROUPED)
 def grouped_matmul(walk: Walk, node: fx.Node) -> Any:
     """Product of rows with one matrix of several each (E, in, out): the matrices share their channels' numbers."""
     x, weight = walk.value(node.args[0]), walk.value(node.args[1])
