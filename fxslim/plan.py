@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -51,6 +51,9 @@ class Slice(Frozen):
             where only the tensor itself can be masked.
         direct: whether products read the tensor itself, at most moved or cast; where they read something computed from
             it, zeros in the tensor say nothing.
+        lead: the dimension that counts experts, where each of them has rows of its own; blocks are about the rows of
+            all experts, one expert after the other.
+        experts: how many experts there are; 1 where rows are the same everywhere.
     """
 
     tensor: Name
@@ -61,18 +64,29 @@ class Slice(Frozen):
     groups: tuple[Count, ...] | None = None
     hook: Name | None = None
     direct: bool = True
+    lead: Count | None = None
+    experts: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows, those of all experts."""
+        return self.size * self.experts
 
     def owners(self) -> np.ndarray:
-        """Return the owner of every row, -1 where a row stays.  (size,)"""
-        owner = np.full(self.size, -1, dtype=np.int64)
+        """Return the owner of every row, -1 where a row stays.  (rows,)"""
+        owner = np.full(self.rows, -1, dtype=np.int64)
         for block in self.blocks:
-            for i in range(block.count):
-                start = block.start + i * block.step
-                owner[start : start + block.width] = block.first + i
+            numbers = np.arange(block.count)
+            rows = block.start + numbers[:, None] * block.step + np.arange(block.width)
+            owner[rows] = block.first + numbers[:, None]
         return owner
 
+    def per_expert(self, rows: np.ndarray) -> np.ndarray:
+        """Return something about rows with an axis for the experts, where there are any.  (rows,) -> (experts, size)"""
+        return rows if self.lead is None else rows.reshape(self.experts, self.size)
+
     def removed(self, gone: np.ndarray) -> np.ndarray:
-        """Return which rows go when these units go.  (units,) bool -> (size,) bool"""
+        """Return which rows go when these units go.  (units,) bool -> (rows,) bool"""
         if self.groups is not None:
             groups = np.asarray(self.groups)
             alive = np.zeros(int(groups.max()) + 1, dtype=bool)
@@ -125,7 +139,9 @@ class Site(Frozen):
         slices: every tensor dimension that follows the units.
         roles: role -> weight tensors, as the pattern names them.
         task_head: whether it lies behind the last repeated block.
-        multiple: the number of units whose rows are left has to be a multiple of this: kernels want aligned strides.
+        multiple: the number of units whose rows are left (in every group, where all groups stay) has to be a multiple
+            of this: kernels want aligned strides.
+        groups_stay: whether no group may go as a whole (channels of an expert).
     """
 
     name: Name
@@ -137,6 +153,7 @@ class Site(Frozen):
     roles: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
     task_head: bool = False
     multiple: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
+    groups_stay: bool = False
 
     @model_validator(mode="after")
     def _sound(self) -> Site:
@@ -148,7 +165,7 @@ class Site(Frozen):
             owners = self.units if part.groups is None else max(part.groups) + 1
             for block in part.blocks:
                 last = block.start + max(block.count - 1, 0) * block.step + block.width
-                if block.first + block.count > owners or last > part.size:
+                if block.first + block.count > owners or last > part.rows:
                     raise ValueError(f"site {self.name}: a block of {part.tensor} lies outside the tensor or the units")
         return self
 
@@ -165,6 +182,15 @@ class Site(Frozen):
     def modules(self) -> tuple[str, ...]:
         """Return the paths of the modules that own its tensors."""
         return tuple(dict.fromkeys(part.tensor.rpartition(".")[0] for part in self.slices))
+
+
+def units_by_group(site: Site) -> list[np.ndarray]:
+    """Return the units of every group, or all of them where there are no groups."""
+    if site.groups is None:
+        return [np.arange(site.units)]
+    groups = np.asarray(site.groups)
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(groups))[:-1])
 
 
 class Fold(Frozen):
@@ -222,7 +248,9 @@ class SitePlan(Frozen):
             raise ValueError(f"site {name}: a unit is kept, or its rows stay with zero columns, not both")
         if self.site.groups is not None:
             groups = np.asarray(self.site.groups)[list(self.left)]
-            counts = np.bincount(groups)
+            counts = np.bincount(groups, minlength=self.site.group_count)
+            if self.site.groups_stay and not counts.all():
+                raise ValueError(f"site {name}: no group may go as a whole")
             if len(set(counts[counts > 0].tolist())) > 1:
                 raise ValueError(f"site {name}: every group that stays must keep the same number of units")
         for fold in self.folds:
@@ -425,7 +453,7 @@ class Plan(Frozen):
                     )
                     continue
             own = next(n for n in (name, *(f"{name}+{i}" for i in range(2, len(sites) + 3))) if n not in sites)
-            slices = tuple(_widened(piece, rows.get((piece.tensor, piece.dim))) for piece in part.site.slices)
+            slices = tuple(_widened(piece, rows, leads(narrowed)) for piece in part.site.slices)
             site = part.site.model_copy(update={"name": own, "slices": slices})
             sites[own] = part.model_copy(update={"site": site, "folds": folds})
             if name in other.zeroed:
@@ -442,30 +470,55 @@ class Plan(Frozen):
         )
 
     def removed_rows(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return which rows of which tensor dimension go.  (tensor, dim) -> (size,) bool"""
-        rows: dict[tuple[str, int], np.ndarray] = {}
-        for part in self.sites:
-            for piece in part.site.slices:
-                removed = piece.removed(part.taken)
-                key = (piece.tensor, piece.dim)
-                if key in rows and len(rows[key]) != len(removed):
-                    raise PlanError(f"two slices of {piece.tensor} disagree about its size")
-                rows[key] = rows[key] | removed if key in rows else removed
-        return rows
+        """Return which rows of which tensor dimension go.
+
+        (tensor, dim) -> (size,) bool; (experts, size) where they differ between experts.
+        """
+        return removed_rows(self.sites)
 
 
-def _widened(piece: Slice, gone: np.ndarray | None) -> Slice:
+def removed_rows(parts: Iterable[SitePlan]) -> dict[tuple[str, int], np.ndarray]:
+    """Return which rows of which tensor dimension site plans take out; see `Plan.removed_rows`."""
+    rows: dict[tuple[str, int], np.ndarray] = {}
+    for part in parts:
+        for piece in part.site.slices:
+            removed = piece.per_expert(piece.removed(part.taken))
+            key = (piece.tensor, piece.dim)
+            if key in rows and rows[key].shape[-1] != removed.shape[-1]:
+                raise PlanError(f"two slices of {piece.tensor} disagree about its size")
+            rows[key] = rows[key] | removed if key in rows else removed
+    return rows
+
+
+def leads(parts: Iterable[SitePlan]) -> dict[tuple[str, int], int]:
+    """Return which dimension counts the experts, where rows differ between them.  (tensor, dim) -> dimension"""
+    slices = (piece for part in parts for piece in part.site.slices)
+    return {(piece.tensor, piece.dim): piece.lead for piece in slices if piece.lead is not None}
+
+
+def _widened(piece: Slice, rows: Mapping[tuple[str, int], np.ndarray], lead: Mapping[tuple[str, int], int]) -> Slice:
     """Return a slice of a narrowed tensor in terms of the tensor before."""
+    key = (piece.tensor, piece.dim)
+    gone = rows.get(key)
     if gone is None or not gone.any():
         return piece
-    owner = np.full(len(gone), -1, dtype=np.int64)
-    owner[~gone] = piece.owners()
-    return piece.model_copy(update={"size": len(gone), "blocks": blocks_of(owner)})
+    owner = np.full(gone.shape, -1, dtype=np.int64)
+    if gone.ndim == 1 and piece.lead is None:
+        owner[~gone] = piece.owners()
+        return piece.model_copy(update={"size": len(gone), "blocks": blocks_of(owner)})
+    experts = piece.experts if gone.ndim == 1 else len(gone)
+    gone = np.broadcast_to(gone, (experts, gone.shape[-1]))
+    own = np.broadcast_to(piece.per_expert(piece.owners()), (experts, piece.size))
+    owner = np.full(gone.shape, -1, dtype=np.int64)
+    owner[~gone] = own.reshape(-1)
+    update = {"size": gone.shape[-1], "blocks": blocks_of(owner.reshape(-1)), "experts": experts,
+              "lead": piece.lead if piece.lead is not None else lead[key]}  # fmt: skip
+    return piece.model_copy(update=update)
 
 
 def _dense_rows(fold: Fold, gone: np.ndarray | None) -> Fold:
-    """Return a fold of a narrowed tensor in terms of the tensor before."""
-    if gone is None or not gone.any():
+    """Return a fold of a narrowed tensor in terms of the tensor before; experts' rows take no folds."""
+    if gone is None or gone.ndim > 1 or not gone.any():
         return fold
     kept = np.flatnonzero(~gone)
     return fold.model_copy(update={"rows": tuple(int(kept[row]) for row in fold.rows)})

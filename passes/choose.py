@@ -13,7 +13,7 @@ import torch
 
 from fxslim.errors import InputError, RequestError
 from fxslim.passes.folding.foldable import Still
-from fxslim.plan import Note, Site, SitePlan
+from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
 
 FFN = ("ffn", "gated_ffn")
 FRACTIONS = ("ffn", "heads", "kv_groups", "value")
@@ -188,12 +188,12 @@ def measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> Measured:
         tensor = tensors[piece.tensor].detach()
         if tensor.device.type == "meta":
             return Measured(np.zeros(site.units, dtype=bool), np.zeros(site.units), np.zeros(site.group_count), False)
-        squares = _squares(piece.tensor, tensor, piece.dim)
+        squares = _squares(piece, tensor)
         owner = piece.owners()
         owned = owner >= 0
         if piece.role == "in":
             alive = np.zeros(site.units if piece.groups is None else max(piece.groups) + 1, dtype=bool)
-            np.logical_or.at(alive, owner[owned], _nonzero(tensor, piece.dim, squares)[owned])
+            np.logical_or.at(alive, owner[owned], _nonzero(tensor, piece, squares)[owned])
             zero &= ~(alive if piece.groups is None else alive[list(piece.groups)])
             zero &= piece.direct
         if piece.groups is None:
@@ -204,14 +204,17 @@ def measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> Measured:
     return Measured(zero, np.sqrt(own), np.sqrt(shared), True)
 
 
-def _squares(name: str, tensor: torch.Tensor, dim: int) -> np.ndarray:
-    """Return the sum of squares of every row."""
-    rest = [other for other in range(tensor.ndim) if other != dim]
+def _squares(piece: Slice, tensor: torch.Tensor) -> np.ndarray:
+    """Return the sum of squares of every row.  (rows,)"""
+    rest = [other for other in range(tensor.ndim) if other not in (piece.dim, piece.lead)]
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    squares: np.ndarray = _norms(tensor, rest, dtype).double().square().cpu().numpy()
+    norms = _norms(tensor, rest, dtype)
+    if piece.lead is not None and piece.lead > piece.dim:
+        norms = norms.T
+    squares: np.ndarray = norms.double().square().cpu().numpy().reshape(-1)
     if not np.isfinite(squares).all():
         bad = "NaN" if np.isnan(squares).any() else "infinite values"
-        raise InputError(f"{name} holds {bad}; repair the checkpoint before narrowing it.")
+        raise InputError(f"{piece.tensor} holds {bad}; repair the checkpoint before narrowing it.")
     return squares
 
 
@@ -219,45 +222,43 @@ def _norms(tensor: torch.Tensor, rest: list[int], dtype: torch.dtype) -> torch.T
     return torch.linalg.vector_norm(tensor, dim=rest, dtype=dtype) if rest else tensor.to(dtype).abs()
 
 
-def _nonzero(tensor: torch.Tensor, dim: int, squares: np.ndarray) -> np.ndarray:
-    """Return which rows hold anything but zeros; tiny values whose squares vanish count."""
+def _nonzero(tensor: torch.Tensor, piece: Slice, squares: np.ndarray) -> np.ndarray:
+    """Return which rows hold anything but zeros; tiny values whose squares vanish count.  (rows,) bool"""
     nonzero: np.ndarray = squares > 0
     suspects = np.flatnonzero(~nonzero)
     if len(suspects):
-        rows = tensor.index_select(dim, torch.from_numpy(suspects).to(tensor.device)).movedim(dim, 0).flatten(1)
-        nonzero[suspects] = (rows != 0).any(dim=1).cpu().numpy()
+        places = torch.from_numpy(suspects).to(tensor.device)
+        if piece.lead is None:
+            rows = tensor.index_select(piece.dim, places).movedim(piece.dim, 0)
+        else:
+            rows = tensor.movedim((piece.lead, piece.dim), (0, 1))[places // piece.size, places % piece.size]
+        nonzero[suspects] = (rows.reshape(len(suspects), -1) != 0).any(dim=1).cpu().numpy()
     return nonzero
-
-
-def _members(site: Site) -> list[np.ndarray]:
-    """Return the units of every group."""
-    if site.groups is None:
-        return [np.arange(site.units)]
-    groups = np.asarray(site.groups)
-    return [np.flatnonzero(groups == group) for group in range(site.group_count)]
 
 
 def _lossless(site: Site, zero: np.ndarray, kind: str) -> tuple[np.ndarray, str]:
     """Take out what does nothing: whole groups first, then as many per group as the group with the fewest has."""
     gone = np.zeros(site.units, dtype=bool)
     if zero.all():
-        zero = zero.copy()
-        zero[_members(site)[0]] = False
-        gone = zero if site.groups is not None else np.arange(site.units) > 0
+        gone = np.ones(site.units, dtype=bool)
+        every = units_by_group(site)
+        for members in every if site.groups_stay else every[:1]:
+            gone[members if site.groups is not None and not site.groups_stay else members[:1]] = False
         return gone, f"every unit is {kind}; one has to stay"
     if site.groups is None:
         return zero.copy(), ""
     rest = []
-    for members in _members(site):
-        if zero[members].all():
+    for members in units_by_group(site):
+        if zero[members].all() and not site.groups_stay:
             gone[members] = True
         else:
             rest.append(members)
-    fewest = min(int(zero[members].sum()) for members in rest)
+    fewest = min(min(int(zero[members].sum()), len(members) - 1) for members in rest)
     for members in rest:
         gone[members[zero[members]][:fewest]] = True
     left = int((zero & ~gone).sum())
-    return gone, f"{left} {kind} heads stay: every group keeps the same number of heads" if left else ""
+    what, each = ("channels", "expert") if site.groups_stay else ("heads", "group")
+    return gone, f"{left} {kind} {what} stay: every {each} keeps the same number of {what}" if left else ""
 
 
 def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray, str]:
@@ -267,7 +268,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     asked = ("ffn", request.ffn) if site.kind in FFN else ("value", request.value) if site.of_values else None
     if asked is not None:
         name, fraction = asked
-        every = _members(site)
+        every = units_by_group(site)
         for own in every:
             gone[_lowest(own, zero, scores)[: _count(fraction, len(own))]] = True
         short = fraction and not gone.any()
@@ -275,7 +276,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     if site.kind != "attention":
         return gone, "no pattern names this site, so neither ffn= nor heads= reaches it"
     note = ""
-    groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else _members(site)
+    groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else units_by_group(site)
     if request.kv_groups:
         dead = np.array([zero[members].all() for members in groups])
         for group in _lowest(np.arange(len(groups)), dead, seen.groups)[: _count(request.kv_groups, len(groups))]:
@@ -284,11 +285,15 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
             note = f"kv_groups={request.kv_groups} of {len(groups)} groups is less than one"
     if request.heads:
         before = gone.copy()
-        for members in _members(site):
+        for members in units_by_group(site):
             left = members[~before[members]]
             gone[_lowest(left, zero, scores)[: _count(request.heads, len(left))]] = True
         if (gone == before).all():
-            each = f" per group of {len(_members(site)[0])}" if site.groups is not None else f" of {site.units} heads"
+            each = (
+                f" per group of {len(units_by_group(site)[0])}"
+                if site.groups is not None
+                else f" of {site.units} heads"
+            )
             note = f"heads={request.heads} is less than one head{each}"
     return gone, note
 
@@ -309,18 +314,17 @@ def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.
         return gone
     consumer = next(piece for piece in site.slices if piece.role == "in")
     width = int((consumer.owners() == 0).sum()) or 1
-    alive = [members for members in _members(site) if not gone[members].all()]
-    gone = gone.copy()
-
-    def fits(kept: int) -> bool:
-        return (kept * width) % multiple == 0 and kept % site.multiple == 0
-
-    while not fits(int((~gone).sum())) and any(gone[members].any() for members in alive):
-        for members in alive:
-            dropped = members[gone[members]]
-            if len(dropped):
-                gone[_lowest(dropped, seen.zero, seen.scores)[-1]] = False
-    return gone
+    alive = [members for members in units_by_group(site) if not gone[members].all()]
+    times = len(alive) if site.groups_stay else 1  # sizes are those of one expert
+    dropped = [_lowest(members[gone[members]], seen.zero, seen.scores) for members in alive]
+    for more in range(max(map(len, dropped)) + 1):
+        kept = gone.copy()
+        for units in dropped:
+            kept[units[max(len(units) - more, 0) :]] = False
+        count = int((~kept).sum()) // times
+        if (count * width) % multiple == 0 and count % site.multiple == 0:
+            break
+    return kept
 
 
 def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:

@@ -44,7 +44,8 @@ class Family:
         slices: what follows the units.
         scored: whether the units are the heads of a score product (query times key).
         heads_refused: why the heads do not go where the units are smaller than they; "" elsewhere.
-        multiple: the number of units that are left has to be a multiple of this.
+        multiple: the number of units that are left (of one expert) has to be a multiple of this.
+        experts: in how many experts the leaves are counted; units are those of the first, of the second, ….
     """
 
     leaves: np.ndarray
@@ -55,10 +56,16 @@ class Family:
     scored: bool
     heads_refused: str = ""
     multiple: int = 1
+    experts: int = 1
 
     @property
     def units(self) -> int:
         """Return the number of units."""
+        return self.channels * self.experts
+
+    @property
+    def channels(self) -> int:
+        """Return the number of units that the labels tell apart: those of one expert."""
         return int(self.unit_of.max()) + 1
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from fxslim.errors import PlanError
 from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.narrow import check_fits
-from fxslim.plan import Plan, SitePlan
+from fxslim.passes.rows import clear
+from fxslim.plan import Plan, SitePlan, leads
 from fxslim.program import named_tensors
 
 
@@ -27,6 +28,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     computed = _computed(model, plan)
     check_fits(model, plan, computed)
     hooked, columns = _places(plan)
+    lead = leads(plan.sites)
     constants = fills(plan.sites)
     unhooked = [_unhooked(part, columns) for part in plan.sites]
     for name in [*(name for name, _ in columns), *(fold.bias for part in unhooked for fold in part.folds)]:
@@ -50,8 +52,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             for (name, dim), gone in columns.items():
                 tensor = tensors[name]
                 saved.append((tensor, tensor.detach().clone()))
-                rows = torch.from_numpy(np.flatnonzero(gone)).to(tensor.device)
-                tensor.data.index_fill_(dim, rows, 0)
+                clear(tensor.data, dim, gone, lead.get((name, dim)))
         yield model
     finally:
         for handle in handles:
@@ -91,7 +92,7 @@ def _places(
         for piece in part.site.slices:
             if piece.role != "in":
                 continue
-            gone = piece.removed(part.gone)
+            gone = piece.per_expert(piece.removed(part.gone))
             key = (piece.tensor, piece.dim)
             if piece.hook is not None:
                 hooked[piece.hook] = (key, hooked[piece.hook][1] | gone if piece.hook in hooked else gone)

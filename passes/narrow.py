@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +14,8 @@ from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay
 from fxslim.passes.folding.fold import check_fold, folded
-from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit, Plan, SitePlan
+from fxslim.passes.rows import cleared, without
+from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit, Plan, leads
 from fxslim.program import forward_parameters, named_tensors
 
 SIZE_ATTRIBUTES = {
@@ -79,6 +79,11 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             tensor = tensors.get(piece.tensor)
             if tensor is None:
                 raise PlanError(f"the plan narrows {piece.tensor}, which {type(module).__name__} does not have.")
+            if piece.lead is not None and (piece.lead >= tensor.ndim or tensor.shape[piece.lead] != piece.experts):
+                raise PlanError(
+                    f"the plan expects {piece.tensor} to have {piece.experts} experts in dimension {piece.lead}, but "
+                    f"its shape is {tuple(tensor.shape)}: it was made for another model, or is already applied."
+                )
             if piece.dim >= tensor.ndim or tensor.shape[piece.dim] != piece.size:
                 raise PlanError(
                     f"the plan expects {piece.tensor} to have {piece.size} rows in dimension {piece.dim}, but its "
@@ -131,31 +136,13 @@ def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torc
         for part in plan.sites:
             if part.site.name in zeroed or part.stay:
                 changed.update(cleared(tensors, changed, part))
-        for (name, dim), gone in narrow.removed_rows().items():
+        lead = leads(narrow.sites)
+        rows = narrow.removed_rows()
+        for (name, dim), gone in sorted(rows.items(), key=lambda item: -item[1].ndim):  # experts go after their rows
             if gone.any():
                 tensor = changed.get(name, tensors[name]).detach()
-                rows = torch.from_numpy(np.flatnonzero(~gone)).to(tensor.device)
-                changed[name] = tensor.index_select(dim, rows)
+                changed[name] = without(tensor, dim, gone, lead.get((name, dim)))
     return changed
-
-
-def cleared(
-    tensors: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor], part: SitePlan
-) -> dict[str, torch.Tensor]:
-    """Return a site's consumers with zeros in the columns of all units that go, by name.
-
-    Args:
-        tensors: the dense tensors.
-        changed: those among them that are to be read from here instead.
-        part: the site's plan.
-    """
-    made: dict[str, torch.Tensor] = {}
-    for piece in part.site.slices:
-        if piece.role == "in":
-            before = made.get(piece.tensor, changed.get(piece.tensor, tensors[piece.tensor]))
-            rows = torch.from_numpy(np.flatnonzero(piece.removed(part.gone))).to(before.device)
-            made[piece.tensor] = before.detach().clone().index_fill_(piece.dim, rows, 0)
-    return made
 
 
 def _own(tensor: torch.Tensor, like: torch.Tensor | None = None, *, clone: bool = True) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fxslim.plan import Note, Plan, Site, SitePlan
+from fxslim.plan import Note, Plan, Site, SitePlan, units_by_group
 
 
 def padded(plan: Plan, sites: Mapping[str, Site]) -> Plan:
@@ -26,9 +26,10 @@ def padded(plan: Plan, sites: Mapping[str, Site]) -> Plan:
         stay = _filled(part, multiple)
         if stay != part.stay:
             part = part.model_copy(update={"stay": stay})
+            each = part.site.group_count if part.site.groups_stay else 1
             reason = (
-                f"rows of {len(stay)} more channels stay, with zero columns: its grouped products need a multiple of "
-                f"{multiple}"
+                f"rows of {len(stay) // each} more channels{' of every expert' if each > 1 else ''} stay, with zero "
+                f"columns: its grouped products need a multiple of {multiple}"
             )
             notes.append(Note(where=part.site.name, reason=reason))
         parts.append(part)
@@ -37,6 +38,9 @@ def padded(plan: Plan, sites: Mapping[str, Site]) -> Plan:
 
 def _filled(part: SitePlan, multiple: int) -> tuple[int, ...]:
     """Return which units stay with zero columns: those that do already, and the first of the others."""
-    missing = -len(part.left) % multiple
-    more = np.flatnonzero(part.taken)[:missing]
-    return tuple(sorted((*part.stay, *more.tolist()))) if missing else part.stay
+    stay = list(part.stay)
+    for units in units_by_group(part.site) if part.site.groups_stay else [np.arange(part.site.units)]:
+        taken = units[part.taken[units]]
+        missing = -(len(units) - len(taken)) % multiple
+        stay.extend(taken[:missing].tolist())
+    return tuple(sorted(stay))

@@ -19,16 +19,17 @@ from fxslim.passes.choose import Choice, Request, choose
 from fxslim.passes.cut import Cut, closed
 from fxslim.passes.edits import find_edits, to_watch
 from fxslim.passes.emit import emit
-from fxslim.passes.find import Found, find
+from fxslim.passes.find import Family, Found, find
 from fxslim.passes.folding.constants import constants
 from fxslim.passes.folding.foldable import still
+from fxslim.passes.lift import lift
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
 from fxslim.passes.pad import padded
 from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.passes.regional import emit_regions, is_regional, leads_as_traced
-from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
+from fxslim.passes.rewrite import example_macs_graph, insert_masks, is_apart, rewrite
 from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
@@ -108,14 +109,15 @@ class Annotate:
 
 @dataclass(frozen=True)
 class Find:
-    """Find families of coordinates. Ensures: random keeps of each are boxes everywhere."""
+    """Find families of coordinates. Ensures: random keeps of each are boxes everywhere, or experts' own."""
 
     requires: ClassVar[tuple[type, ...]] = (Program, Labels)
     ensures: ClassVar[tuple[type, ...]] = (Found,)
 
     def run(self, facts: Facts) -> Facts:
         """Find."""
-        return facts.adding(find(facts.get(Program), facts.get(Labels)))
+        program, labels = facts.get(Program), facts.get(Labels)
+        return facts.adding(lift(program, labels, find(program, labels)))
 
 
 @dataclass(frozen=True)
@@ -242,13 +244,24 @@ class Take:
 
 
 def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...], *, masks: bool = False) -> Cut:
-    """Return the cut that removes the rows that site plans take out, or all that their masks take."""
+    """Return the cut that removes the rows that site plans take out, or the inputs that their masks take.
+
+    Of what is counted per expert, it removes as many channels as every expert loses, the last ones.
+    """
     families = [sites.families[part.site.name] for part in parts]
     none = np.zeros(0, dtype=np.int64)
-    units = [part.gone if masks else part.taken for part in parts]
+    units = [_channels(part, f, masks=masks) for part, f in zip(parts, families, strict=True)]
     gone = [f.leaves[own[f.unit_of]] for own, f in zip(units, families, strict=True)]
     members = [f.members for f in families]
     return closed(labels, np.concatenate([none, *gone]), np.concatenate([none, *members]))
+
+
+def _channels(part: SitePlan, family: Family, *, masks: bool) -> np.ndarray:
+    """Return which of the channels that the labels tell apart go.  (channels,) bool"""
+    if family.experts == 1:
+        return part.gone if masks else part.taken
+    kept = family.channels if masks else len(part.left) // family.experts
+    return np.arange(family.channels) >= kept
 
 
 @dataclass(frozen=True)
@@ -428,7 +441,10 @@ class NarrowGraph:
         else:
             made = insert_masks(program, labels, cut_of(labels, facts.get(Sites), parts, masks=True), parts)
         if program.regions:
-            plan = facts.get(Plan) if self.narrow else facts.get(Plan).model_copy(update={"sites": ()})
+            plan = facts.get(Plan).model_copy(update={"zeroed": ()})
+            if not self.narrow:
+                left = tuple(part for part in parts if is_apart(part))
+                plan = plan.model_copy(update={"sites": left, "zeroed": tuple(part.site.name for part in left)})
             return facts.adding(Narrowed(emit_regions(facts.get(Subject).model, program, made, plan)))
         name = type(facts.get(Subject).original).__name__
         following = facts.get(Following)

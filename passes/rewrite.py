@@ -16,10 +16,10 @@ from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.folding.fold import fills, folded
-from fxslim.passes.narrow import cleared
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
+from fxslim.passes.rows import cleared, without
 from fxslim.passes.rules.walk import Use, parameter
-from fxslim.plan import SitePlan
+from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program, is_symbolic
 
 aten = torch.ops.aten
@@ -50,7 +50,8 @@ def rewrite(program: Program, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewri
     with torch.no_grad():
         for part in parts:
             dense |= cleared(program.tensors, dense, part) if part.stay else {}
-    tensors = {name: narrowed(program, cut, name, tensor) for name, tensor in dense.items()}
+    apart = _apart(parts)
+    tensors = {name: narrowed(program, cut, name, tensor, apart) for name, tensor in dense.items()}
     for old in program.graph.nodes:
         if old.op != "call_function" or old.target is operator.getitem:
             continue
@@ -77,10 +78,26 @@ def copied(program: Program) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return graph, twin
 
 
-def narrowed(program: Program, cut: Cut, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return what stays of a tensor (the tensor itself where nothing goes)."""
-    for dim, size in enumerate(tensor.shape):
-        if (name, dim) in cut.labels.starts:
+Apart = Mapping[tuple[str, int], tuple[np.ndarray, int]]
+"""Tensor dimensions whose rows differ between experts: which go, (experts, size), and the experts' dimension."""
+
+
+def _apart(parts: Sequence[SitePlan]) -> Apart:
+    lead = leads(parts)
+    return {key: (gone, lead[key]) for key, gone in removed_rows(parts).items() if key in lead}
+
+
+def narrowed(program: Program, cut: Cut, name: str, tensor: torch.Tensor, apart: Apart) -> torch.Tensor:
+    """Return what stays of a tensor (the tensor itself where nothing goes).
+
+    Of rows that experts have apart, the cut knows the number alone; which of them go is the plan's to say. An expert
+    that goes as a whole goes last.
+    """
+    for dim in range(tensor.ndim):
+        if (name, dim) in apart and apart[name, dim][0].any():
+            tensor = without(tensor.detach(), dim, *apart[name, dim])
+    for dim, size in enumerate(program.tensors[name].shape):
+        if (name, dim) in cut.labels.starts and (name, dim) not in apart:
             removed = cut.removed[cut.labels.of(name, dim, size)]
             if removed.any():
                 rows = torch.from_numpy((~removed).nonzero()[0]).to(tensor.device)
@@ -244,13 +261,22 @@ def _annotate_shape(old: fx.Node, new: fx.Node, cut: Cut) -> None:
         )
 
 
+def is_apart(part: SitePlan) -> bool:
+    """Tell whether a site's rows differ between experts, so that its consumers are masked by their columns."""
+    return any(piece.lead is not None for piece in part.site.slices)
+
+
 def insert_masks(program: Program, labels: Labels, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewritten:
     """Return the graph with masks on the consumers' inputs instead of anything taken out.
 
-    Where the sites' plans fold a constant, the mask is that constant instead of zero.
+    Where the sites' plans fold a constant, the mask is that constant instead of zero. What differs between experts is
+    no coordinate of their input: their columns are zeroed.
     """
     graph, twin = copied(program)
     tensors = dict(program.tensors)
+    with torch.no_grad():
+        for part in parts:
+            tensors |= cleared(program.tensors, tensors, part) if is_apart(part) else {}
     masks: dict[bytes, fx.Node] = {}
     held = _constants(labels, parts)
     first = next(iter(graph.nodes))

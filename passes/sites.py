@@ -92,7 +92,7 @@ def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Fam
     if match is not None and match.kind == "attention" and not family.scored:
         roles = {role: match.roles[role] for role in ("v", "out")}  # its units are value channels
     return Site(name=name, kind=kind, module=module, units=family.units, groups=family.groups, slices=family.slices,
-                roles=roles, task_head=head, multiple=family.multiple)  # fmt: skip
+                roles=roles, task_head=head, multiple=family.multiple, groups_stay=family.experts > 1)  # fmt: skip
 
 
 def _kind(match: Match | None, family: Family) -> Kind:
