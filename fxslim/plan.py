@@ -123,7 +123,7 @@ def blocks_of(owner: np.ndarray) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-Kind = Literal["ffn", "gated_ffn", "attention", "generic"]
+Kind = Literal["ffn", "gated_ffn", "attention", "experts", "generic"]
 
 
 class Site(Frozen):
@@ -141,7 +141,8 @@ class Site(Frozen):
         task_head: whether it lies behind the last repeated block.
         multiple: the number of units whose rows are left (in every group, where all groups stay) has to be a multiple
             of this: kernels want aligned strides.
-        groups_stay: whether no group may go as a whole (channels of an expert).
+        groups_stay: whether no group may go as a whole (channels of an expert, experts that are routed in groups).
+        least: how many units have to stay (in every group, where there are groups).
     """
 
     name: Name
@@ -154,6 +155,7 @@ class Site(Frozen):
     task_head: bool = False
     multiple: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
     groups_stay: bool = False
+    least: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
 
     @model_validator(mode="after")
     def _sound(self) -> Site:
@@ -246,6 +248,10 @@ class SitePlan(Frozen):
                 raise ValueError(f"site {name}: {which} must be ascending unit numbers below {self.site.units}")
         if set(self.keep) & set(self.stay):
             raise ValueError(f"site {name}: a unit is kept, or its rows stay with zero columns, not both")
+        each = len(self.left) if self.site.groups is None else len(self.left) // self.site.group_count
+        if self.site.least > 1 and each < self.site.least:
+            where = "" if self.site.groups is None else " of every group"
+            raise ValueError(f"site {name}: at least {self.site.least} units{where} have to stay")
         if self.site.groups is not None:
             groups = np.asarray(self.site.groups)[list(self.left)]
             counts = np.bincount(groups, minlength=self.site.group_count)
@@ -443,11 +449,13 @@ class Plan(Frozen):
             name = part.site.name
             before = mine.get(name)
             folds = tuple(_dense_rows(fold, rows.get((fold.tensor, fold.dim))) for fold in part.folds)
-            if before is not None and name not in other.zeroed and len(before.left) == part.site.units:
-                left = [before.left[unit] for unit in part.left]
-                keep = tuple(before.left[unit] for unit in part.keep if before.left[unit] not in before.stay)
+            present = () if before is None else _present(before, rows)
+            if before is not None and name not in other.zeroed and len(present) == part.site.units:
+                left = {present[unit] for unit in part.left} | _filling(before, present, part)
+                kept = {present[unit] for unit in part.keep} | left.difference(present)
+                keep = tuple(sorted(kept.difference(before.stay)))
                 if keep:
-                    stay = tuple(unit for unit in left if unit not in keep)
+                    stay = tuple(sorted(left.difference(keep)))
                     sites[name] = before.model_copy(
                         update={"keep": keep, "stay": stay, "folds": (*before.folds, *folds)}
                     )
@@ -496,19 +504,43 @@ def leads(parts: Iterable[SitePlan]) -> dict[tuple[str, int], int]:
     return {(piece.tensor, piece.dim): piece.lead for piece in slices if piece.lead is not None}
 
 
+def _present(part: SitePlan, rows: Mapping[tuple[str, int], np.ndarray]) -> tuple[int, ...]:
+    """Return the units that a narrowed model has: those whose rows are left, of experts that are."""
+    for piece in part.site.slices:
+        gone = rows.get((piece.tensor, piece.lead)) if piece.lead is not None else None
+        if gone is not None and gone.any() and part.site.groups is not None:
+            return tuple(unit for unit in part.left if not gone[part.site.groups[unit]])
+    return part.left
+
+
+def _filling(part: SitePlan, present: tuple[int, ...], further: SitePlan) -> set[int]:
+    """Return units of experts that are gone: as many of each as are left of the others."""
+    if len(present) == len(part.left) or part.site.groups is None:
+        return set()
+    experts = {part.site.groups[unit] for unit in present}
+    count = len(further.left) // len(experts)
+    absent: dict[int, list[int]] = {}
+    for unit in part.left:
+        if part.site.groups[unit] not in experts:
+            absent.setdefault(part.site.groups[unit], []).append(unit)
+    return {unit for units in absent.values() for unit in units[:count]}
+
+
 def _widened(piece: Slice, rows: Mapping[tuple[str, int], np.ndarray], lead: Mapping[tuple[str, int], int]) -> Slice:
     """Return a slice of a narrowed tensor in terms of the tensor before."""
     key = (piece.tensor, piece.dim)
-    gone = rows.get(key)
-    if gone is None or not gone.any():
+    gone = rows.get(key, np.zeros(piece.size, dtype=bool))
+    fewer = rows.get((piece.tensor, piece.lead)) if piece.lead is not None else None
+    if not gone.any() and (fewer is None or not fewer.any()):
         return piece
     owner = np.full(gone.shape, -1, dtype=np.int64)
     if gone.ndim == 1 and piece.lead is None:
         owner[~gone] = piece.owners()
         return piece.model_copy(update={"size": len(gone), "blocks": blocks_of(owner)})
-    experts = piece.experts if gone.ndim == 1 else len(gone)
+    experts = len(fewer) if fewer is not None else piece.experts if gone.ndim == 1 else len(gone)
     gone = np.broadcast_to(gone, (experts, gone.shape[-1]))
-    own = np.broadcast_to(piece.per_expert(piece.owners()), (experts, piece.size))
+    own = np.full((experts, piece.size), -1, dtype=np.int64)
+    own[slice(None) if fewer is None else ~fewer] = piece.per_expert(piece.owners())
     owner = np.full(gone.shape, -1, dtype=np.int64)
     owner[~gone] = own.reshape(-1)
     update = {"size": gone.shape[-1], "blocks": blocks_of(owner.reshape(-1)), "experts": experts,

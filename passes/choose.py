@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fxslim.passes.folding.foldable import Still
 from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
 
 FFN = ("ffn", "gated_ffn")
-FRACTIONS = ("ffn", "heads", "kv_groups", "value")
+FRACTIONS = ("ffn", "heads", "kv_groups", "experts", "value")
 """What can be asked for, as fractions of units."""
 
 
@@ -28,6 +28,7 @@ class Request:
         ffn: channels of feed-forward sites.
         heads: query heads of attention sites, equally many per key/value group.
         kv_groups: whole key/value groups of attention sites.
+        experts: experts that are routed to, equally many per routing group.
         value: value channels of attentions whose heads do not go, equally many per head.
         round_to: the kept number of rows in the consumer is rounded up to a multiple of this.
         include: globs over module paths: only there (task heads only where included).
@@ -37,11 +38,11 @@ class Request:
     ffn: float = 0.0
     heads: float = 0.0
     kv_groups: float = 0.0
+    experts: float = 0.0
     value: float = 0.0
     round_to: int = 1
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    unsupported: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in FRACTIONS:
@@ -52,8 +53,6 @@ class Request:
                 raise RequestError(f"{name}=1 asks for every unit; at least one has to stay. Ask for less.")
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise RequestError(f"round_to={self.round_to!r}: give a whole number of at least 1.")
-        for name in self.unsupported:
-            raise RequestError(f"{name}= is not supported yet: this version takes ffn=, heads=, kv_groups= and value=.")
 
     @property
     def lossless(self) -> bool:
@@ -182,7 +181,7 @@ class Measured:
 def measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> Measured:
     """Measure a site's units by magnitude."""
     of = np.arange(site.units) if site.groups is None else np.asarray(site.groups)
-    zero = np.ones(site.units, dtype=bool)
+    zero = np.full(site.units, site.kind != "experts")  # an expert that returns zeros still takes its share of the sum
     own, shared = np.zeros(site.units), np.zeros(site.group_count)
     for piece in site.slices:
         tensor = tensors[piece.tensor].detach()
@@ -266,6 +265,8 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     gone = np.zeros(site.units, dtype=bool)
     zero, scores = seen.zero, seen.scores
     asked = ("ffn", request.ffn) if site.kind in FFN else ("value", request.value) if site.of_values else None
+    if site.kind == "experts":
+        return _experts(site, seen, request.experts)
     if asked is not None:
         name, fraction = asked
         every = units_by_group(site)
@@ -298,6 +299,19 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     return gone, note
 
 
+def _experts(site: Site, seen: Measured, fraction: float) -> tuple[np.ndarray, str]:
+    """Take out the asked fraction of the experts of every group, as far as enough are left to select from."""
+    gone = np.zeros(site.units, dtype=bool)
+    every = units_by_group(site)
+    count = min(_count(fraction, len(every[0])), len(every[0]) - site.least)
+    for own in every:
+        gone[_lowest(own, seen.zero, seen.scores)[:count]] = True
+    each = "" if site.groups is None else " of every group"
+    if fraction and _count(fraction, len(every[0])) > count:
+        return gone, f"experts={fraction}: at least {site.least} experts{each} have to stay, as many as are selected"
+    return gone, f"experts={fraction} of {len(every[0])} experts is less than one" if fraction and not count else ""
+
+
 def _count(fraction: float, units: int) -> int:
     """Return how many of ``units`` a fraction is: rounded down, but 0.7 of 10 is 7."""
     return min(math.floor(fraction * units + 1e-9), units - 1) if units else 0
@@ -310,7 +324,7 @@ def _lowest(units: np.ndarray, zero: np.ndarray, scores: np.ndarray) -> np.ndarr
 
 def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.ndarray:
     """Keep more units until the consumer's kept rows are a multiple, and the site's own is met (or all of them)."""
-    if (multiple == 1 and site.multiple == 1) or not gone.any():
+    if (multiple == 1 and site.multiple == 1) or not gone.any() or site.kind == "experts":
         return gone
     consumer = next(piece for piece in site.slices if piece.role == "in")
     width = int((consumer.owners() == 0).sum()) or 1
@@ -333,6 +347,8 @@ def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
         yield Note(where="ffn", reason="no feed-forward site was found; fxslim.inspect(model) says why")
     if (request.heads or request.kv_groups) and "attention" not in kinds and not any(site.of_values for site in sites):
         yield Note(where="heads", reason="no attention site was found; fxslim.inspect(model) says why")
+    if request.experts and "experts" not in kinds:
+        yield Note(where="experts", reason="no experts were found that can go; fxslim.inspect(model) says why")
     if request.value and not any(site.of_values for site in sites):
         yield Note(where="value", reason="no attention was found whose heads stay and whose value channels can go")
 

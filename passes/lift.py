@@ -62,7 +62,12 @@ class _Lift:
 
     def family(self, family: Family) -> Family:
         """Return a family with its channels counted per expert, or as it is."""
-        if family.groups is not None or family.scored or any(piece.groups is not None for piece in family.slices):
+        if (
+            family.groups is not None
+            or family.scored
+            or family.routers
+            or any(piece.groups is not None for piece in family.slices)
+        ):
             return family
         picks: dict[fx.Node, _Pick] = {}
         leads: list[int] = []

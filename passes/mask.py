@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import nn
 from fxslim.errors import PlanError
 from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.narrow import check_fits
+from fxslim.passes.routing import Routing, routers
 from fxslim.passes.rows import clear
 from fxslim.plan import Plan, SitePlan, leads
 from fxslim.program import named_tensors
@@ -23,15 +24,17 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Mask the consumers' inputs of every site while the context is open; afterwards the model is as before.
 
     What goes is masked at zero, and where the plan folds a constant, at that. Where a consumer's weight is not read by
-    its own module's call, its columns are zeroed for the time being instead, and its bias takes up the constants.
+    its own module's call, its columns are zeroed for the time being instead, and its bias takes up the constants. Whole
+    experts are minus infinity wherever they compete to be selected.
     """
     computed = _computed(model, plan)
     check_fits(model, plan, computed)
     hooked, columns = _places(plan)
     lead = leads(plan.sites)
     constants = fills(plan.sites)
+    followed = routers(plan.sites)
     unhooked = [_unhooked(part, columns) for part in plan.sites]
-    for name in [*(name for name, _ in columns), *(fold.bias for part in unhooked for fold in part.folds)]:
+    for name in [*followed, *(name for name, _ in columns), *(fold.bias for part in unhooked for fold in part.folds)]:
         if name in computed:
             raise PlanError(
                 f"{name} is computed at every call (pruned or parametrized) and has to be masked itself; make it "
@@ -53,7 +56,8 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
                 tensor = tensors[name]
                 saved.append((tensor, tensor.detach().clone()))
                 clear(tensor.data, dim, gone, lead.get((name, dim)))
-        yield model
+        with Routing(tensors, followed) if followed else nullcontext():
+            yield model
     finally:
         for handle in handles:
             handle.remove()

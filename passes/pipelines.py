@@ -11,7 +11,7 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
-from fxslim.errors import PlanError, TraceError, UnsupportedModelError
+from fxslim.errors import NarrowError, PlanError, TraceError, UnsupportedModelError
 from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
@@ -30,6 +30,7 @@ from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.passes.regional import emit_regions, is_regional, leads_as_traced
 from fxslim.passes.rewrite import example_macs_graph, insert_masks, is_apart, rewrite
+from fxslim.passes.routing import is_routed
 from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
@@ -160,7 +161,8 @@ class Choose:
         """Choose."""
         model, program, sites = facts.get(Subject).model, facts.get(Program), facts.get(Sites)
         constant = still(program, facts.get(Labels), constants(program, model), sites.sites)
-        choice: Choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused, constant=constant)
+        refused = (*sites.refused, *(sites.routers if self.request.experts else ()))
+        choice: Choice = choose(sites.sites, program.tensors, self.request, refused=refused, constant=constant)
         return facts.adding(new_plan(model, choice, self.request))
 
 
@@ -380,10 +382,21 @@ class NarrowModule:
         if not plan.edits and not plan.zeroed:
             sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
             found = find_edits(model, plan, sizes, facts.get(References).watches)
+            _refuse_experts(plan, found.stuck)
             reason = "no edit of the module's integers expresses this; its units stay in place, with zero columns"
             notes = tuple(Note(where=name, reason=reason) for name in found.stuck)
             plan = plan.model_copy(update={"edits": found.edits, "zeroed": found.stuck, "notes": (*plan.notes, *notes)})
         return facts.adding(plan, Narrowed(narrowed_copy(model, plan)))
+
+
+def _refuse_experts(plan: Plan, stuck: tuple[str, ...]) -> None:
+    """Raise NarrowError for experts that no edit takes out: zeros do not keep them from being selected."""
+    for part in plan.sites:
+        if part.site.name in stuck and is_routed(part):
+            raise NarrowError(
+                f"no edit of the module's integers expresses fewer experts at {part.site.name}, and they cannot stay "
+                f"in place; leave them with skip={part.site.name!r}, or use fxslim.compile."
+            )
 
 
 def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozenset[int]]:

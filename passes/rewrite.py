@@ -316,6 +316,18 @@ def insert_masks(program: Program, labels: Labels, cut: Cut, parts: Sequence[Sit
             masked = graph.call_function(*call)
         masked.meta["val"] = value
         new.replace_input_with(source, masked)
+    for selection in labels.selections:
+        gone = torch.from_numpy(cut.removed[labels.components.of[selection.labels.numpy()]])
+        if not bool(gone.any()):
+            continue
+        new = twin[selection.node]
+        source = next(node for node in new.all_input_nodes if node.name == selection.source.name)
+        mask = buffer("mask", gone.reshape(-1), 0, new)
+        with graph.inserting_before(new):
+            spread = graph.call_function(aten.reshape.default, (mask, list(gone.shape)))
+            masked = graph.call_function(aten.masked_fill.Scalar, (source, spread, float("-inf")))
+        spread.meta["val"], masked.meta["val"] = gone, selection.source.meta["val"]
+        new.replace_input_with(source, masked)
     return Rewritten(graph, tensors, twin)
 
 

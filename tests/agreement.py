@@ -82,7 +82,7 @@ def random_keep(site: Site, fraction: float, generator: np.random.Generator) -> 
     members = [np.arange(site.units)] if site.groups is None else _members(site)
     gone: list[int] = []
     for group in members:
-        count = min(max(1, round(fraction * len(group))), len(group) - 1)
+        count = min(max(1, round(fraction * len(group))), len(group) - site.least)
         step = site.multiple if site.multiple < len(group) else 1
         count = min(-(-count // step) * step, len(group) - step)
         gone.extend(generator.permutation(group)[:count].tolist())

@@ -59,7 +59,7 @@ X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
 def only(model: nn.Module, x: Tensor = X) -> Site:
-    (site,) = fxslim.inspect(model, (x,)).sites
+    (site,) = (site for site in fxslim.inspect(model, (x,)).sites if site.kind != "experts")
     return site
 
 
@@ -110,13 +110,15 @@ def agree(model: Any, plan: Plan, x: Tensor = X, tolerance: float = FLOAT32) -> 
     """Narrow in both forms, compare with the masked model in several sizes, and return both."""
     made = fxslim.slim(model, (x,), plan=plan), fxslim.compile(model, (x,), plan=plan)
     hidden = fxslim.compile(model, (x,), plan=plan, narrow=False)
+    seen = 0.0
     for batch, length in ((2, 5), (3, 4), (5, 1)):
         own = torch.randn(batch, length, x.shape[-1], dtype=x.dtype, generator=torch.Generator().manual_seed(batch))
         with fxslim.masked(model, plan):
             expected = outputs(model, (own,))
-        assert difference(expected, outputs(model, (own,))) > 1e-3  # the masks do something
+        seen = max(seen, difference(expected, outputs(model, (own,))))
         for small in (*made, hidden):
             assert difference(expected, outputs(small, (own,))) <= tolerance
+    assert seen > 1e-3  # the masks do something
     return made
 
 
@@ -219,7 +221,7 @@ def test_sites_count_channels_per_expert() -> None:
 def test_every_expert_loses_channels_of_its_own(options: dict[str, Any]) -> None:
     model = seeded(Picked, dtype=torch.float64, **options)
     found = fxslim.inspect(model, (D,))
-    plan = random_plan(model, found.sites)
+    plan = random_plan(model, tuple(site for site in found.sites if site.kind != "experts"))
     part = next(p for p in plan if p.site.groups_stay)
     assert kept(part) == [6] * 3
     assert len({tuple(unit - 10 * e for unit in part.keep if unit // 10 == e) for e in range(3)}) == 3
@@ -340,7 +342,7 @@ def built(name: str, experts: str = "") -> Any:
 @pytest.mark.parametrize(("name", "experts"), [("Mixtral", ""), ("Qwen2Moe", "batched_mm"), ("GptOss", "batched_mm")])
 def test_models_lose_channels_per_expert(name: str, experts: str) -> None:
     model = built(name, experts)
-    sites = [site for site in fxslim.inspect(model).sites if site.groups_stay]
+    sites = [site for site in fxslim.inspect(model).sites if site.kind != "experts" and site.groups_stay]
     assert [site.kind for site in sites] == ["gated_ffn"]
     plan = random_plan(model, tuple(sites))
     small, graph = fxslim.slim(model, plan=plan), fxslim.compile(model, plan=plan)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxslim.labels import Value
+from fxslim.passes.rules.movement import COPIES
 from fxslim.passes.rules.walk import Walk, rule, sizes
 
 LIKE_POINTWISE = (
@@ -32,7 +34,9 @@ def pointwise(walk: Walk, node: fx.Node) -> Any:
             joined = walk.join(walk.operands(node), tuple(walk.operands(node)[0].shape))
             return tuple(joined if isinstance(item, torch.Tensor) else None for item in value)
         return None
-    return walk.join(walk.operands(node), sizes(node))
+    joined = walk.join(walk.operands(node), sizes(node))
+    copied = str(getattr(node.target, "overloadpacket", "")) in COPIES
+    return dataclasses.replace(joined, indexes=walk.value(node.args[0]).indexes) if copied else joined
 
 
 @rule("aten.view_as", "aten.reshape_as")
