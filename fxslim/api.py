@@ -97,7 +97,7 @@ def plan(
         ffn: fraction of the channels of every feed-forward site.
         heads: fraction of the query heads of every attention site, equally many per key/value group.
         kv_groups: fraction of whole key/value groups.
-        experts: not supported yet.
+        experts: fraction of the experts that every router selects from, equally many per routing group.
         value: fraction of the value channels of every attention whose heads do not go, equally many per head.
         round_to: round the kept number of rows in each consumer up to a multiple.
         include: globs over module paths: only there; task heads only where included.
@@ -350,9 +350,8 @@ def _request(
     include: str | Iterable[str] | None,
     skip: str | Iterable[str] | None,
 ) -> Request:
-    later = tuple(name for name, asked in (("experts", experts),) if asked)
-    return Request(ffn=ffn, heads=heads, kv_groups=kv_groups, value=value, round_to=round_to,
-                   include=_globs(include), skip=_globs(skip), unsupported=later)  # fmt: skip
+    return Request(ffn=ffn, heads=heads, kv_groups=kv_groups, experts=experts, value=value, round_to=round_to,
+                   include=_globs(include), skip=_globs(skip))  # fmt: skip
 
 
 def _globs(given: str | Iterable[str] | None) -> tuple[str, ...]:

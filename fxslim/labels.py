@@ -32,12 +32,14 @@ class Value:
             on all others. No two of them vary along the same axis.
         origin: CONSTANT, or the pin label of what the unlabelled axes of this value come from.
         looked_up: whether integers given by the user flow into it (tokens, positions, masks).
+        indexes: labels of the coordinates that the numbers in it stand for, where it holds positions on another axis.
     """
 
     shape: tuple[int, ...]
     labels: tuple[torch.Tensor, ...] = ()
     origin: int = CONSTANT
     looked_up: bool = False
+    indexes: torch.Tensor | None = None
 
     def along(self, axis: int) -> torch.Tensor | None:
         """Return the label tensor that varies along an axis, if any."""

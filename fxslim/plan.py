@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -51,6 +51,9 @@ class Slice(Frozen):
             where only the tensor itself can be masked.
         direct: whether products read the tensor itself, at most moved or cast; where they read something computed from
             it, zeros in the tensor say nothing.
+        lead: the dimension that counts experts, where each of them has rows of its own; blocks are about the rows of
+            all experts, one expert after the other.
+        experts: how many experts there are; 1 where rows are the same everywhere.
     """
 
     tensor: Name
@@ -61,18 +64,29 @@ class Slice(Frozen):
     groups: tuple[Count, ...] | None = None
     hook: Name | None = None
     direct: bool = True
+    lead: Count | None = None
+    experts: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows, those of all experts."""
+        return self.size * self.experts
 
     def owners(self) -> np.ndarray:
-        """Return the owner of every row, -1 where a row stays.  (size,)"""
-        owner = np.full(self.size, -1, dtype=np.int64)
+        """Return the owner of every row, -1 where a row stays.  (rows,)"""
+        owner = np.full(self.rows, -1, dtype=np.int64)
         for block in self.blocks:
-            for i in range(block.count):
-                start = block.start + i * block.step
-                owner[start : start + block.width] = block.first + i
+            numbers = np.arange(block.count)
+            rows = block.start + numbers[:, None] * block.step + np.arange(block.width)
+            owner[rows] = block.first + numbers[:, None]
         return owner
 
+    def per_expert(self, rows: np.ndarray) -> np.ndarray:
+        """Return something about rows with an axis for the experts, where there are any.  (rows,) -> (experts, size)"""
+        return rows if self.lead is None else rows.reshape(self.experts, self.size)
+
     def removed(self, gone: np.ndarray) -> np.ndarray:
-        """Return which rows go when these units go.  (units,) bool -> (size,) bool"""
+        """Return which rows go when these units go.  (units,) bool -> (rows,) bool"""
         if self.groups is not None:
             groups = np.asarray(self.groups)
             alive = np.zeros(int(groups.max()) + 1, dtype=bool)
@@ -109,7 +123,7 @@ def blocks_of(owner: np.ndarray) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-Kind = Literal["ffn", "gated_ffn", "attention", "generic"]
+Kind = Literal["ffn", "gated_ffn", "attention", "experts", "generic"]
 
 
 class Site(Frozen):
@@ -125,6 +139,10 @@ class Site(Frozen):
         slices: every tensor dimension that follows the units.
         roles: role -> weight tensors, as the pattern names them.
         task_head: whether it lies behind the last repeated block.
+        multiple: the number of units whose rows are left (in every group, where all groups stay) has to be a multiple
+            of this: kernels want aligned strides.
+        groups_stay: whether no group may go as a whole (channels of an expert, experts that are routed in groups).
+        least: how many units have to stay (in every group, where there are groups).
     """
 
     name: Name
@@ -135,6 +153,9 @@ class Site(Frozen):
     slices: tuple[Slice, ...]
     roles: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
     task_head: bool = False
+    multiple: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
+    groups_stay: bool = False
+    least: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
 
     @model_validator(mode="after")
     def _sound(self) -> Site:
@@ -146,7 +167,7 @@ class Site(Frozen):
             owners = self.units if part.groups is None else max(part.groups) + 1
             for block in part.blocks:
                 last = block.start + max(block.count - 1, 0) * block.step + block.width
-                if block.first + block.count > owners or last > part.size:
+                if block.first + block.count > owners or last > part.rows:
                     raise ValueError(f"site {self.name}: a block of {part.tensor} lies outside the tensor or the units")
         return self
 
@@ -163,6 +184,15 @@ class Site(Frozen):
     def modules(self) -> tuple[str, ...]:
         """Return the paths of the modules that own its tensors."""
         return tuple(dict.fromkeys(part.tensor.rpartition(".")[0] for part in self.slices))
+
+
+def units_by_group(site: Site) -> list[np.ndarray]:
+    """Return the units of every group, or all of them where there are no groups."""
+    if site.groups is None:
+        return [np.arange(site.units)]
+    groups = np.asarray(site.groups)
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(groups))[:-1])
 
 
 class Fold(Frozen):
@@ -200,22 +230,33 @@ class SitePlan(Frozen):
         site: the site.
         keep: units that are kept, in ascending order.
         folds: constants of units that go; they are masked at these values, and without one at zero.
+        stay: units that go, but whose rows stay in the tensors, with zero columns, to fill up a site's multiple.
     """
 
     site: Site
     keep: tuple[Count, ...]
     folds: tuple[Fold, ...] = ()
+    stay: tuple[Count, ...] = ()
 
     @model_validator(mode="after")
     def _sound(self) -> SitePlan:
         name = self.site.name
         if not self.keep:
             raise ValueError(f"site {name}: at least one unit stays")
-        if list(self.keep) != sorted(set(self.keep)) or self.keep[-1] >= self.site.units:
-            raise ValueError(f"site {name}: keep must be ascending unit numbers below {self.site.units}")
+        for which, units in (("keep", self.keep), ("stay", self.stay)):
+            if list(units) != sorted(set(units)) or max(units, default=0) >= self.site.units:
+                raise ValueError(f"site {name}: {which} must be ascending unit numbers below {self.site.units}")
+        if set(self.keep) & set(self.stay):
+            raise ValueError(f"site {name}: a unit is kept, or its rows stay with zero columns, not both")
+        each = len(self.left) if self.site.groups is None else len(self.left) // self.site.group_count
+        if self.site.least > 1 and each < self.site.least:
+            where = "" if self.site.groups is None else " of every group"
+            raise ValueError(f"site {name}: at least {self.site.least} units{where} have to stay")
         if self.site.groups is not None:
-            groups = np.asarray(self.site.groups)[list(self.keep)]
-            counts = np.bincount(groups)
+            groups = np.asarray(self.site.groups)[list(self.left)]
+            counts = np.bincount(groups, minlength=self.site.group_count)
+            if self.site.groups_stay and not counts.all():
+                raise ValueError(f"site {name}: no group may go as a whole")
             if len(set(counts[counts > 0].tolist())) > 1:
                 raise ValueError(f"site {name}: every group that stays must keep the same number of units")
         for fold in self.folds:
@@ -227,10 +268,22 @@ class SitePlan(Frozen):
 
     @property
     def gone(self) -> np.ndarray:
-        """Return which units go.  (units,) bool"""
+        """Return which units go: what masks take.  (units,) bool"""
         gone = np.ones(self.site.units, dtype=bool)
         gone[list(self.keep)] = False
         return gone
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """Return the units whose rows are left in the tensors, in ascending order."""
+        return tuple(sorted((*self.keep, *self.stay))) if self.stay else self.keep
+
+    @property
+    def taken(self) -> np.ndarray:
+        """Return the units whose rows are taken out of the tensors.  (units,) bool"""
+        taken = np.ones(self.site.units, dtype=bool)
+        taken[list(self.left)] = False
+        return taken
 
 
 class AttributeEdit(Frozen):
@@ -408,7 +461,8 @@ class Plan(Frozen):
         The composition is in terms of the dense model that this plan was made for. A site that one of the two leaves in
         place, with zero columns, appears once for each.
         """
-        rows = self.model_copy(update={"sites": self.cut()}).removed_rows()
+        narrowed = self.cut()
+        rows = removed_rows(narrowed)
         mine = {part.site.name: part for part in self.sites if part.site.name not in (*self.zeroed, *self.spread)}
         sites = {part.site.name: part for part in self.sites}
         zeroed, spread = list(self.zeroed), list(self.spread)
@@ -416,13 +470,20 @@ class Plan(Frozen):
             name = part.site.name
             before = mine.get(name)
             folds = tuple(_dense_rows(fold, rows.get((fold.tensor, fold.dim))) for fold in part.folds)
+            present = () if before is None else _present(before, rows)
             placed = name in (*other.zeroed, *other.spread)
-            if before is not None and not placed and len(before.keep) == part.site.units:
-                keep = tuple(before.keep[unit] for unit in part.keep)
-                sites[name] = before.model_copy(update={"keep": keep, "folds": (*before.folds, *folds)})
-                continue
+            if before is not None and not placed and len(present) == part.site.units:
+                left = {present[unit] for unit in part.left} | _filling(before, present, part)
+                kept = {present[unit] for unit in part.keep} | left.difference(present)
+                keep = tuple(sorted(kept.difference(before.stay)))
+                if keep:
+                    stay = tuple(sorted(left.difference(keep)))
+                    sites[name] = before.model_copy(
+                        update={"keep": keep, "stay": stay, "folds": (*before.folds, *folds)}
+                    )
+                    continue
             own = next(n for n in (name, *(f"{name}+{i}" for i in range(2, len(sites) + 3))) if n not in sites)
-            slices = tuple(_widened(piece, rows.get((piece.tensor, piece.dim))) for piece in part.site.slices)
+            slices = tuple(_widened(piece, rows, leads(narrowed)) for piece in part.site.slices)
             site = part.site.model_copy(update={"name": own, "slices": slices})
             sites[own] = part.model_copy(update={"site": site, "folds": folds})
             if name in other.zeroed:
@@ -459,31 +520,79 @@ class Plan(Frozen):
         return tuple(parts)
 
     def removed_rows(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return which rows of which tensor dimension go.  (tensor, dim) -> (size,) bool"""
-        rows: dict[tuple[str, int], np.ndarray] = {}
-        for part in self.sites:
-            gone = part.gone
-            for piece in part.site.slices:
-                removed = piece.removed(gone)
-                key = (piece.tensor, piece.dim)
-                if key in rows and len(rows[key]) != len(removed):
-                    raise PlanError(f"two slices of {piece.tensor} disagree about its size")
-                rows[key] = rows[key] | removed if key in rows else removed
-        return rows
+        """Return which rows of which tensor dimension go.
+
+        (tensor, dim) -> (size,) bool; (experts, size) where they differ between experts.
+        """
+        return removed_rows(self.sites)
 
 
-def _widened(piece: Slice, gone: np.ndarray | None) -> Slice:
+def removed_rows(parts: Iterable[SitePlan]) -> dict[tuple[str, int], np.ndarray]:
+    """Return which rows of which tensor dimension site plans take out; see `Plan.removed_rows`."""
+    rows: dict[tuple[str, int], np.ndarray] = {}
+    for part in parts:
+        for piece in part.site.slices:
+            removed = piece.per_expert(piece.removed(part.taken))
+            key = (piece.tensor, piece.dim)
+            if key in rows and rows[key].shape[-1] != removed.shape[-1]:
+                raise PlanError(f"two slices of {piece.tensor} disagree about its size")
+            rows[key] = rows[key] | removed if key in rows else removed
+    return rows
+
+
+def leads(parts: Iterable[SitePlan]) -> dict[tuple[str, int], int]:
+    """Return which dimension counts the experts, where rows differ between them.  (tensor, dim) -> dimension"""
+    slices = (piece for part in parts for piece in part.site.slices)
+    return {(piece.tensor, piece.dim): piece.lead for piece in slices if piece.lead is not None}
+
+
+def _present(part: SitePlan, rows: Mapping[tuple[str, int], np.ndarray]) -> tuple[int, ...]:
+    """Return the units that a narrowed model has: those whose rows are left, of experts that are."""
+    for piece in part.site.slices:
+        gone = rows.get((piece.tensor, piece.lead)) if piece.lead is not None else None
+        if gone is not None and gone.any() and part.site.groups is not None:
+            return tuple(unit for unit in part.left if not gone[part.site.groups[unit]])
+    return part.left
+
+
+def _filling(part: SitePlan, present: tuple[int, ...], further: SitePlan) -> set[int]:
+    """Return units of experts that are gone: as many of each as are left of the others."""
+    if len(present) == len(part.left) or part.site.groups is None:
+        return set()
+    experts = {part.site.groups[unit] for unit in present}
+    count = len(further.left) // len(experts)
+    absent: dict[int, list[int]] = {}
+    for unit in part.left:
+        if part.site.groups[unit] not in experts:
+            absent.setdefault(part.site.groups[unit], []).append(unit)
+    return {unit for units in absent.values() for unit in units[:count]}
+
+
+def _widened(piece: Slice, rows: Mapping[tuple[str, int], np.ndarray], lead: Mapping[tuple[str, int], int]) -> Slice:
     """Return a slice of a narrowed tensor in terms of the tensor before."""
-    if gone is None or not gone.any():
+    key = (piece.tensor, piece.dim)
+    gone = rows.get(key, np.zeros(piece.size, dtype=bool))
+    fewer = rows.get((piece.tensor, piece.lead)) if piece.lead is not None else None
+    if not gone.any() and (fewer is None or not fewer.any()):
         return piece
-    owner = np.full(len(gone), -1, dtype=np.int64)
-    owner[~gone] = piece.owners()
-    return piece.model_copy(update={"size": len(gone), "blocks": blocks_of(owner)})
+    owner = np.full(gone.shape, -1, dtype=np.int64)
+    if gone.ndim == 1 and piece.lead is None:
+        owner[~gone] = piece.owners()
+        return piece.model_copy(update={"size": len(gone), "blocks": blocks_of(owner)})
+    experts = len(fewer) if fewer is not None else piece.experts if gone.ndim == 1 else len(gone)
+    gone = np.broadcast_to(gone, (experts, gone.shape[-1]))
+    own = np.full((experts, piece.size), -1, dtype=np.int64)
+    own[slice(None) if fewer is None else ~fewer] = piece.per_expert(piece.owners())
+    owner = np.full(gone.shape, -1, dtype=np.int64)
+    owner[~gone] = own.reshape(-1)
+    update = {"size": gone.shape[-1], "blocks": blocks_of(owner.reshape(-1)), "experts": experts,
+              "lead": piece.lead if piece.lead is not None else lead[key]}  # fmt: skip
+    return piece.model_copy(update=update)
 
 
 def _dense_rows(fold: Fold, gone: np.ndarray | None) -> Fold:
-    """Return a fold of a narrowed tensor in terms of the tensor before."""
-    if gone is None or not gone.any():
+    """Return a fold of a narrowed tensor in terms of the tensor before; experts' rows take no folds."""
+    if gone is None or gone.ndim > 1 or not gone.any():
         return fold
     kept = np.flatnonzero(~gone)
     return fold.model_copy(update={"rows": tuple(int(kept[row]) for row in fold.rows)})

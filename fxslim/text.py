@@ -6,11 +6,12 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from fxslim.labels import Components
-from fxslim.plan import Site
+from fxslim.plan import Block, Site, Slice, blocks_of
 from fxslim.program import Program, shape_of
 
 WIDTH = 140
@@ -44,13 +45,23 @@ def site_lines(sites: Iterable[Site]) -> list[str]:
         head = " task head" if site.task_head else ""
         lines.append(f"{site.name} [{site.units} units{groups}]{head}")
         for piece in site.slices:
-            rows = " ".join(
-                f"{b.count}x{b.width}@{b.start}" + (f"+{b.step}" if b.count > 1 else "") for b in piece.blocks
-            )
+            blocks, each = _blocks(piece, site.units)
+            rows = " ".join(f"{b.count}x{b.width}@{b.start}" + (f"+{b.step}" if b.count > 1 else "") for b in blocks)
             owner = "" if piece.groups is None else " by group"
             hook = f" <- {piece.hook}" if piece.hook is not None else ""
-            lines.append(f"  {piece.role:<3} {piece.tensor}.{piece.dim} ({piece.size}): {rows}{owner}{hook}")
+            lines.append(f"  {piece.role:<3} {piece.tensor}.{piece.dim} ({piece.size}): {rows}{each}{owner}{hook}")
     return lines
+
+
+def _blocks(piece: Slice, units: int) -> tuple[tuple[Block, ...], str]:
+    """Return blocks to print: those of the first expert where the others are like it."""
+    if piece.lead is None:
+        return piece.blocks, ""
+    owner = piece.per_expert(piece.owners())
+    numbers = np.arange(piece.experts)[:, None] * (units // piece.experts)
+    alike = bool((np.where(owner >= 0, owner - numbers, -1) == owner[0]).all())
+    note = f" of each of {piece.experts} in dimension {piece.lead}"
+    return (blocks_of(owner[0]), note) if alike else (piece.blocks, note.replace("of each", "over all"))
 
 
 def program_lines(program: Program) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Components, Pin, Value, solve
-from fxslim.passes.rules import contraction, indexing, movement, pointwise, reduction  # noqa: F401 - fill RULES
-from fxslim.passes.rules.walk import RULES, Use, Walk, concrete
+from fxslim.passes.rules import contraction, indexing, movement, pointwise, reduction, routing  # noqa: F401 - fill RULES
+from fxslim.passes.rules.walk import RULES, Selection, Use, Walk, concrete
 from fxslim.program import Program, hint
 
 SHAPE_ONLY = ("aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.sym_is_contiguous")
@@ -43,6 +43,9 @@ class Labels:
         scores: components of the heads of score products (two activations multiplied).
         ties: component -> the operation that tied coordinates along an axis.
         known: node -> whole numbers that are constants of the graph.
+        selections: where coordinates compete to be selected, those that may go.
+        competing: the same, and those that stay.
+        routed: components of coordinates that data selects, and that nothing sums over.
     """
 
     values: Mapping[fx.Node, Any]
@@ -55,6 +58,9 @@ class Labels:
     scores: frozenset[int]
     ties: Mapping[int, str]
     known: Mapping[fx.Node, torch.Tensor] = field(default_factory=dict)
+    selections: tuple[Selection, ...] = ()
+    competing: tuple[Selection, ...] = ()
+    routed: frozenset[int] = frozenset()
 
     def tied_by(self, component: int) -> str:
         """Return ``", tied by <operation>"`` for a component whose coordinates an operation tied along an axis."""
@@ -71,7 +77,7 @@ def annotate(program: Program) -> Labels:
 
     Ensures: every operation either has a rule or pins what it reads, with the reason.
     """
-    walk = Walk()
+    walk = Walk(routing=routing.on_the_way(program))
     starts = _tensors(walk, program)
     whole = not program.regions
     for node in program.graph.nodes:
@@ -89,7 +95,9 @@ def annotate(program: Program) -> Labels:
             for operand in walk.operands(node):
                 for labels in operand.labels:
                     walk.relations.pin(labels, label)
-    components = solve(walk.relations)
+                if operand.indexes is not None:
+                    walk.relations.pin(operand.indexes, label)
+    components = _routed(walk, solve(walk.relations))
     scores = [labels.reshape(-1).numpy() for labels in walk.scores]
     return Labels(
         values=walk.values,
@@ -102,7 +110,31 @@ def annotate(program: Program) -> Labels:
         unknown=walk.unknown,
         pins=walk.relations.pins,
         known=walk.known,
+        selections=tuple(s for s in walk.selections if not components.pinned[components.of[s.labels.numpy()]].any()),
+        competing=tuple(walk.selections),
+        routed=_components(components, walk.indexed),
     )
+
+
+def _components(components: Components, labels: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Return the components of labels that may go."""
+    every = np.concatenate([np.zeros(0, dtype=np.int64), *(own.reshape(-1).numpy() for own in labels)])
+    own = np.unique(components.of[every])
+    return frozenset(own[~components.pinned[own]].tolist())
+
+
+def _routed(walk: Walk, components: Components) -> Components:
+    """Pin what competes to be selected, unless it is picked by its number alone and nothing sums over it."""
+    picked = _components(components, walk.indexed) - _components(components, [use.labels for use in walk.contracted])
+    pinned = False
+    for selection in walk.selections:
+        own = components.of[selection.labels.numpy()]
+        if components.pinned[own].all() or set(np.unique(own).tolist()) <= picked:
+            continue
+        label = walk.relations.pin_label(f"selected by value ({selection.node.target})", selection.node.name)
+        walk.relations.pin(selection.labels, label)
+        pinned = True
+    return _routed(walk, solve(walk.relations)) if pinned else components
 
 
 def _remember(walk: Walk, node: fx.Node, tensor: torch.Tensor) -> None:
@@ -182,6 +214,8 @@ def _apply(walk: Walk, node: fx.Node) -> Any:
             if operand.labels:
                 walk.opaque(node, f"read as a number by {name}", pins=[operand])
         return None
+    for operand in walk.operands(node) if name not in routing.AWARE else ():
+        routing.pin_numbers(walk, node, operand)
     if name in POSITIONS:
         return walk.bare(node, CONSTANT)
     handler = RULES.get(name)

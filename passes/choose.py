@@ -6,17 +6,17 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fxslim.errors import InputError, RequestError
 from fxslim.passes.folding.foldable import Still
-from fxslim.plan import Note, Site, SitePlan
+from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
 
 FFN = ("ffn", "gated_ffn")
-FRACTIONS = ("ffn", "heads", "kv_groups", "value")
+FRACTIONS = ("ffn", "heads", "kv_groups", "experts", "value")
 """What can be asked for, as fractions of units."""
 
 
@@ -28,6 +28,7 @@ class Request:
         ffn: channels of feed-forward sites.
         heads: query heads of attention sites, equally many per key/value group.
         kv_groups: whole key/value groups of attention sites.
+        experts: experts that are routed to, equally many per routing group.
         value: value channels of attentions whose heads do not go, equally many per head.
         round_to: the kept number of rows in the consumer is rounded up to a multiple of this.
         include: globs over module paths: only there (task heads only where included).
@@ -37,11 +38,11 @@ class Request:
     ffn: float = 0.0
     heads: float = 0.0
     kv_groups: float = 0.0
+    experts: float = 0.0
     value: float = 0.0
     round_to: int = 1
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    unsupported: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in FRACTIONS:
@@ -52,8 +53,6 @@ class Request:
                 raise RequestError(f"{name}=1 asks for every unit; at least one has to stay. Ask for less.")
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise RequestError(f"round_to={self.round_to!r}: give a whole number of at least 1.")
-        for name in self.unsupported:
-            raise RequestError(f"{name}= is not supported yet: this version takes ffn=, heads=, kv_groups= and value=.")
 
     @property
     def lossless(self) -> bool:
@@ -116,9 +115,8 @@ def choose(
         asked = bool(gone.any())
         gone = _rounded(site, gone, seen, request.round_to)
         if asked and not gone.any():
-            notes.append(
-                Note(where=site.name, reason=f"rounded up to a multiple of {request.round_to}, everything stays")
-            )
+            multiple = math.lcm(request.round_to, site.multiple)
+            notes.append(Note(where=site.name, reason=f"rounded up to a multiple of {multiple}, everything stays"))
         if gone.any():
             keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
             folds = own.folding(site, gone) if own is not None and request.lossless else ()
@@ -183,18 +181,18 @@ class Measured:
 def measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> Measured:
     """Measure a site's units by magnitude."""
     of = np.arange(site.units) if site.groups is None else np.asarray(site.groups)
-    zero = np.ones(site.units, dtype=bool)
+    zero = np.full(site.units, site.kind != "experts")  # an expert that returns zeros still takes its share of the sum
     own, shared = np.zeros(site.units), np.zeros(site.group_count)
     for piece in site.slices:
         tensor = tensors[piece.tensor].detach()
         if tensor.device.type == "meta":
             return Measured(np.zeros(site.units, dtype=bool), np.zeros(site.units), np.zeros(site.group_count), False)
-        squares = _squares(piece.tensor, tensor, piece.dim)
+        squares = _squares(piece, tensor)
         owner = piece.owners()
         owned = owner >= 0
         if piece.role == "in":
             alive = np.zeros(site.units if piece.groups is None else max(piece.groups) + 1, dtype=bool)
-            np.logical_or.at(alive, owner[owned], _nonzero(tensor, piece.dim, squares)[owned])
+            np.logical_or.at(alive, owner[owned], _nonzero(tensor, piece, squares)[owned])
             zero &= ~(alive if piece.groups is None else alive[list(piece.groups)])
             zero &= piece.direct
         if piece.groups is None:
@@ -205,14 +203,17 @@ def measure(site: Site, tensors: Mapping[str, torch.Tensor]) -> Measured:
     return Measured(zero, np.sqrt(own), np.sqrt(shared), True)
 
 
-def _squares(name: str, tensor: torch.Tensor, dim: int) -> np.ndarray:
-    """Return the sum of squares of every row."""
-    rest = [other for other in range(tensor.ndim) if other != dim]
+def _squares(piece: Slice, tensor: torch.Tensor) -> np.ndarray:
+    """Return the sum of squares of every row.  (rows,)"""
+    rest = [other for other in range(tensor.ndim) if other not in (piece.dim, piece.lead)]
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    squares: np.ndarray = _norms(tensor, rest, dtype).double().square().cpu().numpy()
+    norms = _norms(tensor, rest, dtype)
+    if piece.lead is not None and piece.lead > piece.dim:
+        norms = norms.T
+    squares: np.ndarray = norms.double().square().cpu().numpy().reshape(-1)
     if not np.isfinite(squares).all():
         bad = "NaN" if np.isnan(squares).any() else "infinite values"
-        raise InputError(f"{name} holds {bad}; repair the checkpoint before narrowing it.")
+        raise InputError(f"{piece.tensor} holds {bad}; repair the checkpoint before narrowing it.")
     return squares
 
 
@@ -220,45 +221,43 @@ def _norms(tensor: torch.Tensor, rest: list[int], dtype: torch.dtype) -> torch.T
     return torch.linalg.vector_norm(tensor, dim=rest, dtype=dtype) if rest else tensor.to(dtype).abs()
 
 
-def _nonzero(tensor: torch.Tensor, dim: int, squares: np.ndarray) -> np.ndarray:
-    """Return which rows hold anything but zeros; tiny values whose squares vanish count."""
+def _nonzero(tensor: torch.Tensor, piece: Slice, squares: np.ndarray) -> np.ndarray:
+    """Return which rows hold anything but zeros; tiny values whose squares vanish count.  (rows,) bool"""
     nonzero: np.ndarray = squares > 0
     suspects = np.flatnonzero(~nonzero)
     if len(suspects):
-        rows = tensor.index_select(dim, torch.from_numpy(suspects).to(tensor.device)).movedim(dim, 0).flatten(1)
-        nonzero[suspects] = (rows != 0).any(dim=1).cpu().numpy()
+        places = torch.from_numpy(suspects).to(tensor.device)
+        if piece.lead is None:
+            rows = tensor.index_select(piece.dim, places).movedim(piece.dim, 0)
+        else:
+            rows = tensor.movedim((piece.lead, piece.dim), (0, 1))[places // piece.size, places % piece.size]
+        nonzero[suspects] = (rows.reshape(len(suspects), -1) != 0).any(dim=1).cpu().numpy()
     return nonzero
-
-
-def _members(site: Site) -> list[np.ndarray]:
-    """Return the units of every group."""
-    if site.groups is None:
-        return [np.arange(site.units)]
-    groups = np.asarray(site.groups)
-    return [np.flatnonzero(groups == group) for group in range(site.group_count)]
 
 
 def _lossless(site: Site, zero: np.ndarray, kind: str) -> tuple[np.ndarray, str]:
     """Take out what does nothing: whole groups first, then as many per group as the group with the fewest has."""
     gone = np.zeros(site.units, dtype=bool)
     if zero.all():
-        zero = zero.copy()
-        zero[_members(site)[0]] = False
-        gone = zero if site.groups is not None else np.arange(site.units) > 0
+        gone = np.ones(site.units, dtype=bool)
+        every = units_by_group(site)
+        for members in every if site.groups_stay else every[:1]:
+            gone[members if site.groups is not None and not site.groups_stay else members[:1]] = False
         return gone, f"every unit is {kind}; one has to stay"
     if site.groups is None:
         return zero.copy(), ""
     rest = []
-    for members in _members(site):
-        if zero[members].all():
+    for members in units_by_group(site):
+        if zero[members].all() and not site.groups_stay:
             gone[members] = True
         else:
             rest.append(members)
-    fewest = min(int(zero[members].sum()) for members in rest)
+    fewest = min(min(int(zero[members].sum()), len(members) - 1) for members in rest)
     for members in rest:
         gone[members[zero[members]][:fewest]] = True
     left = int((zero & ~gone).sum())
-    return gone, f"{left} {kind} heads stay: every group keeps the same number of heads" if left else ""
+    what, each = ("channels", "expert") if site.groups_stay else ("heads", "group")
+    return gone, f"{left} {kind} {what} stay: every {each} keeps the same number of {what}" if left else ""
 
 
 def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray, str]:
@@ -266,9 +265,11 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     gone = np.zeros(site.units, dtype=bool)
     zero, scores = seen.zero, seen.scores
     asked = ("ffn", request.ffn) if site.kind in FFN else ("value", request.value) if site.of_values else None
+    if site.kind == "experts":
+        return _experts(site, seen, request.experts)
     if asked is not None:
         name, fraction = asked
-        every = _members(site)
+        every = units_by_group(site)
         for own in every:
             gone[_lowest(own, zero, scores)[: _count(fraction, len(own))]] = True
         short = fraction and not gone.any()
@@ -276,7 +277,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     if site.kind != "attention":
         return gone, "no pattern names this site, so neither ffn= nor heads= reaches it"
     note = ""
-    groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else _members(site)
+    groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else units_by_group(site)
     if request.kv_groups:
         dead = np.array([zero[members].all() for members in groups])
         for group in _lowest(np.arange(len(groups)), dead, seen.groups)[: _count(request.kv_groups, len(groups))]:
@@ -285,13 +286,30 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
             note = f"kv_groups={request.kv_groups} of {len(groups)} groups is less than one"
     if request.heads:
         before = gone.copy()
-        for members in _members(site):
+        for members in units_by_group(site):
             left = members[~before[members]]
             gone[_lowest(left, zero, scores)[: _count(request.heads, len(left))]] = True
         if (gone == before).all():
-            each = f" per group of {len(_members(site)[0])}" if site.groups is not None else f" of {site.units} heads"
+            each = (
+                f" per group of {len(units_by_group(site)[0])}"
+                if site.groups is not None
+                else f" of {site.units} heads"
+            )
             note = f"heads={request.heads} is less than one head{each}"
     return gone, note
+
+
+def _experts(site: Site, seen: Measured, fraction: float) -> tuple[np.ndarray, str]:
+    """Take out the asked fraction of the experts of every group, as far as enough are left to select from."""
+    gone = np.zeros(site.units, dtype=bool)
+    every = units_by_group(site)
+    count = min(_count(fraction, len(every[0])), len(every[0]) - site.least)
+    for own in every:
+        gone[_lowest(own, seen.zero, seen.scores)[:count]] = True
+    each = "" if site.groups is None else " of every group"
+    if fraction and _count(fraction, len(every[0])) > count:
+        return gone, f"experts={fraction}: at least {site.least} experts{each} have to stay, as many as are selected"
+    return gone, f"experts={fraction} of {len(every[0])} experts is less than one" if fraction and not count else ""
 
 
 def _count(fraction: float, units: int) -> int:
@@ -305,19 +323,22 @@ def _lowest(units: np.ndarray, zero: np.ndarray, scores: np.ndarray) -> np.ndarr
 
 
 def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.ndarray:
-    """Keep more units until the consumer's kept rows are a multiple (or all of them)."""
-    if multiple == 1 or not gone.any():
+    """Keep more units until the consumer's kept rows are a multiple, and the site's own is met (or all of them)."""
+    if (multiple == 1 and site.multiple == 1) or not gone.any() or site.kind == "experts":
         return gone
     consumer = next(piece for piece in site.slices if piece.role == "in")
     width = int((consumer.owners() == 0).sum()) or 1
-    alive = [members for members in _members(site) if not gone[members].all()]
-    gone = gone.copy()
-    while (int((~gone).sum()) * width) % multiple and any(gone[members].any() for members in alive):
-        for members in alive:
-            dropped = members[gone[members]]
-            if len(dropped):
-                gone[_lowest(dropped, seen.zero, seen.scores)[-1]] = False
-    return gone
+    alive = [members for members in units_by_group(site) if not gone[members].all()]
+    times = len(alive) if site.groups_stay else 1  # sizes are those of one expert
+    dropped = [_lowest(members[gone[members]], seen.zero, seen.scores) for members in alive]
+    for more in range(max(map(len, dropped)) + 1):
+        kept = gone.copy()
+        for units in dropped:
+            kept[units[max(len(units) - more, 0) :]] = False
+        count = int((~kept).sum()) // times
+        if (count * width) % multiple == 0 and count % site.multiple == 0:
+            break
+    return kept
 
 
 def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
@@ -326,6 +347,8 @@ def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
         yield Note(where="ffn", reason="no feed-forward site was found; fxslim.inspect(model) says why")
     if (request.heads or request.kv_groups) and "attention" not in kinds and not any(site.of_values for site in sites):
         yield Note(where="heads", reason="no attention site was found; fxslim.inspect(model) says why")
+    if request.experts and "experts" not in kinds:
+        yield Note(where="experts", reason="no experts were found that can go; fxslim.inspect(model) says why")
     if request.value and not any(site.of_values for site in sites):
         yield Note(where="value", reason="no attention was found whose heads stay and whose value channels can go")
 

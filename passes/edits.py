@@ -186,7 +186,7 @@ def _likewise(
     for suffix, edit in known:
         module = f"{path}{suffix}"
         if isinstance(edit, GatherEdit | AttentionEdit):
-            keeps = [part.keep for part in parts if part.site.units == edit.size]
+            keeps = [part.left for part in parts if part.site.units == edit.size]
             edits.extend(edit.model_copy(update={"module": module, "keep": keep}) for keep in keeps[:1])
             continue
         owner: Any = model.get_submodule(module)

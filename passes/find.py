@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from fxslim.labels import Value, axes_of
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import closed
 from fxslim.passes.resize import check
-from fxslim.passes.rules.contraction import PICKS
+from fxslim.passes.rules.contraction import GROUPED, PICKS
 from fxslim.passes.rules.movement import COPIES, MOVES
 from fxslim.passes.rules.walk import Use
 from fxslim.plan import Slice, blocks_of
@@ -25,6 +26,10 @@ from fxslim.program import Program, module_path, shape_of
 
 DRAWS = (0.0, 0.5)
 """Fractions (at least one unit) of the random removals that a constraint has to survive before a site is published."""
+
+
+ALIGNED = 8
+"""How many numbers of two bytes make up 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Family:
         slices: what follows the units.
         scored: whether the units are the heads of a score product (query times key).
         heads_refused: why the heads do not go where the units are smaller than they; "" elsewhere.
+        multiple: the number of units that are left (of one expert) has to be a multiple of this.
+        experts: in how many experts the leaves are counted; units are those of the first, of the second, ….
+        routers: the weights whose products say which units are selected, where units are whole experts.
+        least: how many units (of every group) have to stay.
     """
 
     leaves: np.ndarray
@@ -48,10 +57,19 @@ class Family:
     slices: tuple[Slice, ...]
     scored: bool
     heads_refused: str = ""
+    multiple: int = 1
+    experts: int = 1
+    routers: tuple[str, ...] = ()
+    least: int = 1
 
     @property
     def units(self) -> int:
         """Return the number of units."""
+        return self.channels * self.experts
+
+    @property
+    def channels(self) -> int:
+        """Return the number of units that the labels tell apart: those of one expert."""
         return int(self.unit_of.max()) + 1
 
 
@@ -67,10 +85,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Found:
-    """Families that can be narrowed and consumers that cannot."""
+    """Families that can be narrowed, consumers that cannot, and routers whose experts stay."""
 
     families: tuple[Family, ...]
     refusals: tuple[Refusal, ...]
+    routers: tuple[Refusal, ...] = ()
 
 
 def find(program: Program, labels: Labels) -> Found:
@@ -103,7 +122,9 @@ class _Search:
                     families.append(own)
                 elif own:
                     refused.update(dict.fromkeys(part.tolist(), own))
-        return Found(tuple(families), tuple(self._refusals(families, refused)))
+        taken = {int(leaf) for family in families for leaf in family.leaves}
+        routers = {refusal.tensor: refusal for refusal in self._unrouted(taken, refused)}
+        return Found(tuple(families), tuple(self._refusals(families, refused)), tuple(routers.values()))
 
     @cached_property
     def incoming(self) -> set[tuple[str, int]]:
@@ -155,6 +176,7 @@ class _Search:
         consumed = np.zeros(len(self.components.pinned), dtype=bool)
         for use in self.labels.contracted:
             consumed[self.components.of[use.labels.numpy()]] = True
+        consumed[list(self.labels.routed)] = True
         leaves = np.flatnonzero(~is_parent & ~self.components.pinned & consumed)
         weights = np.random.default_rng(0).integers(1, 1 << 40, size=len(self.keys))
         signature = np.asarray(counts[leaves] @ weights).reshape(-1)
@@ -182,6 +204,11 @@ class _Search:
                 rows = self.rows[key]
                 np.minimum.at(order, rows, position + np.arange(len(rows)))
                 position += len(rows)
+        for use in self.labels.produced:  # experts: no consumer sums over them
+            own = self.components.of[use.labels.numpy()]
+            if self.labels.routed.intersection(own.tolist()):
+                np.minimum.at(order, own, position + np.arange(len(own)))
+                position += len(own)
         return order
 
     def _above(self, leaves: np.ndarray) -> dict[int, np.ndarray]:
@@ -199,6 +226,8 @@ class _Search:
         """Turn leaves into a family, or say why not."""
         if len(leaves) < 2:
             return f"its channels all go together{self.labels.tied_by(int(leaves[0]))}"
+        if self.labels.routed.issuperset(leaves.tolist()):
+            return self._routed(leaves)
         above = self._above(leaves)
         partitions = self._partitions(above, len(leaves))
         scored = self._scored(above, len(leaves))
@@ -220,11 +249,55 @@ class _Search:
             found = self._constraint(leaves, members, level, partitions, above)
             if not isinstance(found, str):
                 refused = "" if level is scored else heads or self._tied_heads(leaves)
-                return Family(leaves, members, level, found, slices, level is scored, refused)
+                multiple = self._multiple(leaves, int(level.max()) + 1)
+                return Family(leaves, members, level, found, slices, level is scored, refused, multiple)
             reason = found
             if level is scored:
                 heads = reason
         return reason or "its channels all go together"
+
+    def _routed(self, leaves: np.ndarray) -> Family | str:
+        """Turn whole experts into a family, or say why not."""
+        above = self._above(leaves)
+        units = np.arange(len(leaves))
+        slices = self._slices(leaves, above, units)
+        members = np.concatenate([leaves, np.array(list(above), dtype=np.int64)])
+        products = [
+            use for use in self.labels.produced if np.isin(self.components.of[use.labels.numpy()], leaves).any()
+        ]
+        routers = tuple(sorted({key[0] for key in self._keys_with(tuple(products)) if key in self.outgoing}))
+        if not routers or len(slices) < 2:
+            return "no product says which of its experts are selected"
+        reason = ""
+        for groups in (None, *self._partitions(above, len(leaves))):
+            least = self._least(leaves, groups)
+            failure = self._fails(leaves, members, units, groups, least)
+            if failure is None:
+                own = None if groups is None else tuple(groups.tolist())
+                return Family(leaves, members, units, own, slices, False, routers=routers, least=least)
+            reason = reason if groups is None and reason else failure
+        return reason
+
+    def _least(self, leaves: np.ndarray, groups: np.ndarray | None) -> int:
+        """Return how many experts (of every group) have to stay for every top-k to find as many as it takes."""
+        whole = part = 1
+        chosen = 1 if groups is None else int(groups.max()) + 1
+        for selection in self.labels.selections:
+            own = self.components.of[selection.labels.numpy()]
+            if np.isin(own, leaves).all() and selection.count:
+                if groups is not None and len(axes_of(selection.labels)) > 1:
+                    part = max(part, selection.count)
+                else:
+                    whole = max(whole, selection.count)
+            elif selection.count and np.isin(self.reach[own.reshape(-1)].indices, leaves).all():
+                chosen = min(chosen, selection.count)
+        return max(part, -(-whole // chosen))
+
+    def _multiple(self, leaves: np.ndarray, units: int) -> int:
+        """Return what the kept number must be a multiple of: grouped products want strides of whole 16 bytes."""
+        grouped = [use for use in (*self.labels.contracted, *self.labels.produced) if operation(use.node) in GROUPED]
+        met = any(np.isin(self.components.of[use.labels.numpy()], leaves).any() for use in grouped)
+        return math.gcd(units, ALIGNED) if met else 1
 
     def _constraint(
         self,
@@ -387,19 +460,19 @@ class _Search:
         return found
 
     def _fails(
-        self, leaves: np.ndarray, members: np.ndarray, unit_of: np.ndarray, groups: np.ndarray | None
+        self, leaves: np.ndarray, members: np.ndarray, unit_of: np.ndarray, groups: np.ndarray | None, least: int = 0
     ) -> str | None:
         """Try random keeps; return why one does not pass, or None."""
         rng = np.random.default_rng(0)
         units = int(unit_of.max()) + 1
         parts = None if groups is None else [np.unique(unit_of[groups == g]) for g in range(int(groups.max()) + 1)]
         nodes = self._nodes(leaves)
-        draws = [_draw(rng, units, parts, fraction) for fraction in DRAWS]
-        if parts is not None:
+        draws = [_draw(rng, units, parts, fraction, max(least, 1)) for fraction in DRAWS]
+        if parts is not None and not least:
             draws.append(np.isin(np.arange(units), parts[-1]))  # a whole group
         for gone in draws:
             if gone is None:
-                return "too few units in a group"
+                return "as many are selected as there are" if least else "too few units in a group"
             cut = closed(self.labels, leaves[gone[unit_of]], members)
             starved = np.flatnonzero(self.components.starved(cut.removed))
             if len(starved):
@@ -436,6 +509,26 @@ class _Search:
         mine = [key for key, own in zip(self.keys, owned.tolist(), strict=True) if own]
         return sum(key in self.outgoing for key in mine) == 1 and sum(key in self.incoming for key in mine) == 1
 
+    def _why(self, distinct: np.ndarray, refused: dict[int, str], noun: str) -> str:
+        """Say why coordinates stay, or nothing."""
+        pinned = [component for component in distinct.tolist() if self.components.pinned[component]]
+        if pinned:
+            pin = self.components.pins.get(pinned[0])
+            return pin.reason if pin is not None else "it meets a constant"
+        if len(distinct) == 1:
+            return f"all its {noun} go together{self.labels.tied_by(int(distinct[0]))}"
+        return next((refused[c] for c in distinct.tolist() if refused.get(c)), "")
+
+    def _unrouted(self, taken: set[int], refused: dict[int, str]) -> Iterator[Refusal]:
+        """Say of every product whose results compete to be selected why all experts stay."""
+        products = [(key, np.unique(self.rows[key])) for key in self.keys if key in self.outgoing]
+        for selection in self.labels.competing:
+            own = np.unique(self.components.of[selection.labels.numpy()])
+            if selection.count and not set(own.tolist()) & taken:
+                for key, rows in products:
+                    if np.isin(rows, own).all():
+                        yield Refusal(key[0], len(self.rows[key]), self._why(rows, refused, "experts"))
+
     def _refusals(self, families: Sequence[Family], refused: dict[int, str]) -> Iterator[Refusal]:
         """Say of every consumer outside the families, and of every producer that several units share, why it stays."""
         sliced = {(piece.tensor, piece.dim) for family in families for piece in family.slices}
@@ -445,16 +538,7 @@ class _Search:
                 continue
             rows = self.rows[key]
             distinct = np.unique(rows)
-            pinned = [component for component in distinct.tolist() if self.components.pinned[component]]
-            if pinned:
-                pin = self.components.pins.get(pinned[0])
-                reason = pin.reason if pin is not None else "it meets a constant"
-            elif len(distinct) == 1:
-                reason = f"all its channels go together{self.labels.tied_by(int(distinct[0]))}"
-            else:
-                reason = next(
-                    (refused[c] for c in distinct.tolist() if refused.get(c)), "nothing produces its channels"
-                )
+            reason = self._why(distinct, refused, "channels") or "nothing produces its channels"
             yield Refusal(key[0], len(rows), reason, self._produced_by_one(distinct))
         for key in self.keys:
             distinct = np.unique(self.rows[key])
@@ -496,13 +580,15 @@ def _refines(fine: np.ndarray, coarse: np.ndarray) -> bool:
     return all(len(np.unique(coarse[fine == unit])) == 1 for unit in range(int(fine.max()) + 1))
 
 
-def _draw(rng: np.random.Generator, units: int, groups: list[np.ndarray] | None, fraction: float) -> np.ndarray | None:
-    """Draw units to remove, the same number in every group."""
+def _draw(
+    rng: np.random.Generator, units: int, groups: list[np.ndarray] | None, fraction: float, least: int
+) -> np.ndarray | None:
+    """Draw units to remove, the same number in every group, of which so many stay at least."""
     gone = np.zeros(units, dtype=bool)
     members = [np.arange(units)] if groups is None else groups
     smallest = min(len(group) for group in members)
-    if smallest < 2:
+    if smallest <= least:
         return None
     for group in members:
-        gone[rng.permutation(group)[: max(1, int(smallest * fraction))]] = True
+        gone[rng.permutation(group)[: min(max(1, int(smallest * fraction)), smallest - least)]] = True
     return gone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import nn
 from fxslim.errors import PlanError
 from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.narrow import check_fits
-from fxslim.plan import Plan, SitePlan
+from fxslim.passes.routing import Routing, routers
+from fxslim.passes.rows import clear
+from fxslim.plan import Plan, SitePlan, leads
 from fxslim.program import named_tensors
 
 
@@ -22,14 +24,17 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Mask the consumers' inputs of every site while the context is open; afterwards the model is as before.
 
     What goes is masked at zero, and where the plan folds a constant, at that. Where a consumer's weight is not read by
-    its own module's call, its columns are zeroed for the time being instead, and its bias takes up the constants.
+    its own module's call, its columns are zeroed for the time being instead, and its bias takes up the constants. Whole
+    experts are minus infinity wherever they compete to be selected.
     """
     computed = _computed(model, plan)
     check_fits(model, plan, computed)
     hooked, columns = _places(plan)
+    lead = leads(plan.sites)
     constants = fills(plan.sites)
+    followed = routers(plan.sites)
     unhooked = [_unhooked(part, columns) for part in plan.sites]
-    for name in [*(name for name, _ in columns), *(fold.bias for part in unhooked for fold in part.folds)]:
+    for name in [*followed, *(name for name, _ in columns), *(fold.bias for part in unhooked for fold in part.folds)]:
         if name in computed:
             raise PlanError(
                 f"{name} is computed at every call (pruned or parametrized) and has to be masked itself; make it "
@@ -50,9 +55,9 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             for (name, dim), gone in columns.items():
                 tensor = tensors[name]
                 saved.append((tensor, tensor.detach().clone()))
-                rows = torch.from_numpy(np.flatnonzero(gone)).to(tensor.device)
-                tensor.data.index_fill_(dim, rows, 0)
-        yield model
+                clear(tensor.data, dim, gone, lead.get((name, dim)))
+        with Routing(tensors, followed) if followed else nullcontext():
+            yield model
     finally:
         for handle in handles:
             handle.remove()
@@ -91,7 +96,7 @@ def _places(
         for piece in part.site.slices:
             if piece.role != "in":
                 continue
-            gone = piece.removed(part.gone)
+            gone = piece.per_expert(piece.removed(part.gone))
             key = (piece.tensor, piece.dim)
             if piece.hook is not None:
                 hooked[piece.hook] = (key, hooked[piece.hook][1] | gone if piece.hook in hooked else gone)

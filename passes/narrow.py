@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +14,7 @@ from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay
 from fxslim.passes.folding.fold import check_fold, folded
+from fxslim.passes.rows import cleared, without
 from fxslim.plan import (
     AnyEdit,
     AttentionEdit,
@@ -23,8 +23,8 @@ from fxslim.plan import (
     GatherEdit,
     MultiheadEdit,
     Plan,
-    SitePlan,
     SpreadEdit,
+    leads,
 )
 from fxslim.program import forward_parameters, named_tensors
 from fxslim.spread import Pick, Spread
@@ -91,6 +91,11 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             tensor = tensors.get(piece.tensor)
             if tensor is None:
                 raise PlanError(f"the plan narrows {piece.tensor}, which {type(module).__name__} does not have.")
+            if piece.lead is not None and (piece.lead >= tensor.ndim or tensor.shape[piece.lead] != piece.experts):
+                raise PlanError(
+                    f"the plan expects {piece.tensor} to have {piece.experts} experts in dimension {piece.lead}, but "
+                    f"its shape is {tuple(tensor.shape)}: it was made for another model, or is already applied."
+                )
             if piece.dim >= tensor.ndim or tensor.shape[piece.dim] != piece.size:
                 raise PlanError(
                     f"the plan expects {piece.tensor} to have {piece.size} rows in dimension {piece.dim}, but its "
@@ -136,28 +141,21 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
 
 
 def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
-    """Return the tensors that a plan changes, with rows taken out (or zeroed for sites that stay in place)."""
+    """Return the tensors that a plan changes, with rows taken out (or columns zeroed for what stays in place)."""
     changed = folded(tensors, plan.sites)
     zeroed = set(plan.zeroed)
     narrow = plan.model_copy(update={"sites": plan.cut()})
     with torch.no_grad():
         for part in plan.sites:
-            if part.site.name in zeroed:
-                _zero(part, tensors, changed)
-        for (name, dim), gone in narrow.removed_rows().items():
+            if part.site.name in zeroed or part.stay:
+                changed.update(cleared(tensors, changed, part))
+        lead = leads(narrow.sites)
+        rows = narrow.removed_rows()
+        for (name, dim), gone in sorted(rows.items(), key=lambda item: -item[1].ndim):  # experts go after their rows
             if gone.any():
                 tensor = changed.get(name, tensors[name]).detach()
-                rows = torch.from_numpy(np.flatnonzero(~gone)).to(tensor.device)
-                changed[name] = tensor.index_select(dim, rows)
+                changed[name] = without(tensor, dim, gone, lead.get((name, dim)))
     return changed
-
-
-def _zero(part: SitePlan, tensors: Mapping[str, torch.Tensor], changed: dict[str, torch.Tensor]) -> None:
-    for piece in part.site.slices:
-        if piece.role == "in":
-            rows = torch.from_numpy(np.flatnonzero(piece.removed(part.gone)))
-            tensor = changed.get(piece.tensor, tensors[piece.tensor]).detach().clone()
-            changed[piece.tensor] = tensor.index_fill_(piece.dim, rows.to(tensor.device), 0)
 
 
 def _own(tensor: torch.Tensor, like: torch.Tensor | None = None, *, clone: bool = True) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
-from fxslim.errors import PlanError, TraceError, UnsupportedModelError, VerifyError
+from fxslim.errors import NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
 from fxslim.inputs import BATCH, LENGTH, bind, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
@@ -20,15 +20,18 @@ from fxslim.passes.choose import Choice, Request, choose
 from fxslim.passes.cut import Cut, closed
 from fxslim.passes.edits import find_edits, to_watch
 from fxslim.passes.emit import emit
-from fxslim.passes.find import Found, find
+from fxslim.passes.find import Family, Found, find
 from fxslim.passes.folding.constants import constants
 from fxslim.passes.folding.foldable import still
+from fxslim.passes.lift import lift
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
+from fxslim.passes.pad import padded
 from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.passes.regional import emit_regions, is_regional, leads_as_traced
-from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
+from fxslim.passes.rewrite import example_macs_graph, insert_masks, is_apart, rewrite
+from fxslim.passes.routing import is_routed
 from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
@@ -115,14 +118,15 @@ class Annotate:
 
 @dataclass(frozen=True)
 class Find:
-    """Find families of coordinates. Ensures: random keeps of each are boxes everywhere."""
+    """Find families of coordinates. Ensures: random keeps of each are boxes everywhere, or experts' own."""
 
     requires: ClassVar[tuple[type, ...]] = (Program, Labels)
     ensures: ClassVar[tuple[type, ...]] = (Found,)
 
     def run(self, facts: Facts) -> Facts:
         """Find."""
-        return facts.adding(find(facts.get(Program), facts.get(Labels)))
+        program, labels = facts.get(Program), facts.get(Labels)
+        return facts.adding(lift(program, labels, find(program, labels)))
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,8 @@ class Choose:
         """Choose."""
         model, program, sites = facts.get(Subject).model, facts.get(Program), facts.get(Sites)
         constant = still(program, facts.get(Labels), constants(program, model), sites.sites)
-        choice: Choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused, constant=constant)
+        refused = (*sites.refused, *(sites.routers if self.request.experts else ()))
+        choice: Choice = choose(sites.sites, program.tensors, self.request, refused=refused, constant=constant)
         return facts.adding(new_plan(model, choice, self.request))
 
 
@@ -225,6 +230,18 @@ def check_plan(plan: Plan, model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
+class Pad:
+    """Fill up what a given plan keeps. Ensures: every kernel can take what is left, and the plan says what stays."""
+
+    requires: ClassVar[tuple[type, ...]] = (Sites, Plan)
+    ensures: ClassVar[tuple[type, ...]] = (Plan,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Pad."""
+        return facts.adding(padded(facts.get(Plan), {site.name: site for site in facts.get(Sites).sites}))
+
+
+@dataclass(frozen=True)
 class Take:
     """Turn the plan into a cut of the labels. Ensures: closed under parents."""
 
@@ -236,13 +253,25 @@ class Take:
         return facts.adding(cut_of(facts.get(Labels), facts.get(Sites), facts.get(Plan).sites))
 
 
-def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...]) -> Cut:
-    """Return the cut that removes what site plans remove."""
+def cut_of(labels: Labels, sites: Sites, parts: tuple[SitePlan, ...], *, masks: bool = False) -> Cut:
+    """Return the cut that removes the rows that site plans take out, or the inputs that their masks take.
+
+    Of what is counted per expert, it removes as many channels as every expert loses, the last ones.
+    """
     families = [sites.families[part.site.name] for part in parts]
     none = np.zeros(0, dtype=np.int64)
-    gone = [f.leaves[part.gone[f.unit_of]] for part, f in zip(parts, families, strict=True)]
+    units = [_channels(part, f, masks=masks) for part, f in zip(parts, families, strict=True)]
+    gone = [f.leaves[own[f.unit_of]] for own, f in zip(units, families, strict=True)]
     members = [f.members for f in families]
     return closed(labels, np.concatenate([none, *gone]), np.concatenate([none, *members]))
+
+
+def _channels(part: SitePlan, family: Family, *, masks: bool) -> np.ndarray:
+    """Return which of the channels that the labels tell apart go.  (channels,) bool"""
+    if family.experts == 1:
+        return part.gone if masks else part.taken
+    kept = family.channels if masks else len(part.left) // family.experts
+    return np.arange(family.channels) >= kept
 
 
 @dataclass(frozen=True)
@@ -396,10 +425,21 @@ def edited(facts: Facts, left: frozenset[str]) -> Plan:
     plan = facts.get(Plan).model_copy(update={"edits": (), "spread": (), "zeroed": ()})
     sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
     found = find_edits(facts.get(Subject).model, plan, sizes, facts.get(References).watches, left=left)
+    _refuse_experts(plan, found.stuck)
     reasons = dict.fromkeys(found.stuck, STUCK) | dict.fromkeys(found.spread, SPREAD) | dict.fromkeys(left, LEFT)
     notes = tuple(note for note in plan.notes if note.reason not in (STUCK, SPREAD, LEFT))
     notes = (*notes, *(Note(where=name, reason=reason) for name, reason in reasons.items()))
     return plan.model_copy(update={"edits": found.edits, "spread": found.spread, "zeroed": found.stuck, "notes": notes})
+
+
+def _refuse_experts(plan: Plan, stuck: tuple[str, ...]) -> None:
+    """Raise NarrowError for experts that no edit takes out: zeros do not keep them from being selected."""
+    for part in plan.sites:
+        if part.site.name in stuck and is_routed(part):
+            raise NarrowError(
+                f"no edit of the module's integers expresses fewer experts at {part.site.name}, and they cannot stay "
+                f"in place; leave them with skip={part.site.name!r}, or use fxslim.compile."
+            )
 
 
 def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozenset[int]]:
@@ -416,10 +456,10 @@ def _sizes(labels: Labels, sites: Sites, part: SitePlan) -> Mapping[int, frozens
             for axis, (old, new) in enumerate(zip(value.shape, cut.shape(value), strict=True)):
                 if fixed(node, axis):
                     add(old, new)
-    site, kept = part.site, len(part.keep)
+    site, kept = part.site, len(part.left)
     add(site.units, kept)
     if site.groups is not None:
-        groups = len(set(np.asarray(site.groups)[list(part.keep)].tolist()))
+        groups = len(set(np.asarray(site.groups)[list(part.left)].tolist()))
         add(site.group_count, groups)
         add(site.units // site.group_count, kept // groups)
     return {old: frozenset(new) for old, new in changed.items()}
@@ -446,15 +486,21 @@ class NarrowGraph:
 
     narrow: bool = True
 
-    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Plan, Cut, Following)
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites, Plan, Cut, Following)
     ensures: ClassVar[tuple[type, ...]] = (Narrowed,)
 
     def run(self, facts: Facts) -> Facts:
         """Narrow, or insert masks."""
-        program, cut, parts = facts.get(Program), facts.get(Cut), facts.get(Plan).sites
-        made = rewrite(program, cut, parts) if self.narrow else insert_masks(program, facts.get(Labels), cut, parts)
+        program, labels, parts = facts.get(Program), facts.get(Labels), facts.get(Plan).sites
+        if self.narrow:
+            made = rewrite(program, facts.get(Cut), parts)
+        else:
+            made = insert_masks(program, labels, cut_of(labels, facts.get(Sites), parts, masks=True), parts)
         if program.regions:
-            plan = facts.get(Plan) if self.narrow else facts.get(Plan).model_copy(update={"sites": ()})
+            plan = facts.get(Plan).model_copy(update={"zeroed": ()})
+            if not self.narrow:
+                left = tuple(part for part in parts if is_apart(part))
+                plan = plan.model_copy(update={"sites": left, "zeroed": tuple(part.site.name for part in left)})
             return facts.adding(Narrowed(emit_regions(facts.get(Subject).model, program, made, plan)))
         name = type(facts.get(Subject).original).__name__
         following = facts.get(Following)
@@ -529,7 +575,7 @@ class Account:
 
 
 INSPECT: tuple[Pass, ...] = (Trace(), Annotate(), Find(), Name(), Order())
-CHECK_PLAN: tuple[Pass, ...] = (Reread(), Take())
+CHECK_PLAN: tuple[Pass, ...] = (Reread(), Pad(), Take())
 
 
 def slim_passes(*, thorough: bool = False, lossless: bool = False) -> tuple[Pass, ...]:

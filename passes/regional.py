@@ -126,9 +126,9 @@ def emit_regions(model: nn.Module, program: Program, made: Rewritten, plan: Plan
         model: the dense model.
         program: its regions.
         made: their graphs, narrowed or masked, and the tensors that belong to them.
-        plan: what is taken out of the tensors; without sites where the graphs are masked.
+        plan: what is taken out of the tensors; where the graphs are masked, what is zeroed in them instead.
     """
-    small = narrowed_copy(model, plan.model_copy(update={"edits": (), "spread": (), "zeroed": ()}))
+    small = narrowed_copy(model, plan.model_copy(update={"edits": (), "spread": ()}))
     without_caches(small)
     _check(small, program, made)
     ways: dict[str, list[Way]] = {}

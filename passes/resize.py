@@ -255,6 +255,26 @@ def _select(node: fx.Node, cut: Cut) -> Call:
     return Call(node.target, (node.args[0], axis, first), {})
 
 
+@_for("aten.histc")
+def _histogram(node: fx.Node, cut: Cut) -> Call:
+    """One bin for each coordinate that is left."""
+    value: Value = cut.labels.values[node]
+    before, after = value.shape[0], cut.shape(value)[0]
+    if before == after:
+        return Call(node.target, node.args, dict(node.kwargs))
+    return Call(node.target, (node.args[0], after, 0, after - 1), {})
+
+
+@_for("aten.topk")
+def _topk(node: fx.Node, cut: Cut) -> Call:
+    """As many are selected as before: there have to be as many."""
+    source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
+    axis = int(concrete(parameter(node, "dim", 2, -1))) % len(source.shape)
+    if cut.shape(source)[axis] < int(concrete(node.args[1])):
+        raise NarrowError("fewer are left than are selected")
+    return Call(node.target, node.args, dict(node.kwargs))
+
+
 @_for("aten.roll", "aten.unfold", "aten.unbind", "aten.diagonal", "aten.pixel_shuffle", "aten.pixel_unshuffle",
       "aten.rot90")  # fmt: skip
 def _unaffected(node: fx.Node, cut: Cut) -> Call:

@@ -17,8 +17,9 @@ from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
+from fxslim.passes.rows import cleared, without
 from fxslim.passes.rules.walk import Use, parameter
-from fxslim.plan import SitePlan
+from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program, is_symbolic
 from fxslim.spelling import letters_of
 
@@ -40,14 +41,18 @@ def rewrite(program: Program, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewri
     Args:
         program: the program.
         cut: what goes.
-        parts: what that is at the sites; their constants are folded into biases.
+        parts: what that is at the sites; their constants are folded into biases, and what stays gets zero columns.
 
     Raises:
         NarrowError: an operation cannot be rewritten for this cut.
     """
     graph, twin = copied(program)
     dense = dict(program.tensors) | folded(program.tensors, parts)
-    tensors = {name: narrowed(program, cut, name, tensor) for name, tensor in dense.items()}
+    with torch.no_grad():
+        for part in parts:
+            dense |= cleared(program.tensors, dense, part) if part.stay else {}
+    apart = _apart(parts)
+    tensors = {name: narrowed(program, cut, name, tensor, apart) for name, tensor in dense.items()}
     for old in program.graph.nodes:
         if old.op != "call_function" or old.target is operator.getitem:
             continue
@@ -74,10 +79,26 @@ def copied(program: Program) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return graph, twin
 
 
-def narrowed(program: Program, cut: Cut, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return what stays of a tensor (the tensor itself where nothing goes)."""
-    for dim, size in enumerate(tensor.shape):
-        if (name, dim) in cut.labels.starts:
+Apart = Mapping[tuple[str, int], tuple[np.ndarray, int]]
+"""Tensor dimensions whose rows differ between experts: which go, (experts, size), and the experts' dimension."""
+
+
+def _apart(parts: Sequence[SitePlan]) -> Apart:
+    lead = leads(parts)
+    return {key: (gone, lead[key]) for key, gone in removed_rows(parts).items() if key in lead}
+
+
+def narrowed(program: Program, cut: Cut, name: str, tensor: torch.Tensor, apart: Apart) -> torch.Tensor:
+    """Return what stays of a tensor (the tensor itself where nothing goes).
+
+    Of rows that experts have apart, the cut knows the number alone; which of them go is the plan's to say. An expert
+    that goes as a whole goes last.
+    """
+    for dim in range(tensor.ndim):
+        if (name, dim) in apart and apart[name, dim][0].any():
+            tensor = without(tensor.detach(), dim, *apart[name, dim])
+    for dim, size in enumerate(program.tensors[name].shape):
+        if (name, dim) in cut.labels.starts and (name, dim) not in apart:
             removed = cut.removed[cut.labels.of(name, dim, size)]
             if removed.any():
                 rows = torch.from_numpy((~removed).nonzero()[0]).to(tensor.device)
@@ -275,13 +296,22 @@ def _annotate_shape(old: fx.Node, new: fx.Node, cut: Cut) -> None:
         )
 
 
+def is_apart(part: SitePlan) -> bool:
+    """Tell whether a site's rows differ between experts, so that its consumers are masked by their columns."""
+    return any(piece.lead is not None for piece in part.site.slices)
+
+
 def insert_masks(program: Program, labels: Labels, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewritten:
     """Return the graph with masks on the consumers' inputs instead of anything taken out.
 
-    Where the sites' plans fold a constant, the mask is that constant instead of zero.
+    Where the sites' plans fold a constant, the mask is that constant instead of zero. What differs between experts is
+    no coordinate of their input: their columns are zeroed.
     """
     graph, twin = copied(program)
     tensors = dict(program.tensors)
+    with torch.no_grad():
+        for part in parts:
+            tensors |= cleared(program.tensors, tensors, part) if is_apart(part) else {}
     masks: dict[bytes, fx.Node] = {}
     held = _constants(labels, parts)
     first = next(iter(graph.nodes))
@@ -320,6 +350,18 @@ def insert_masks(program: Program, labels: Labels, cut: Cut, parts: Sequence[Sit
         with graph.inserting_before(new):
             masked = graph.call_function(*call)
         masked.meta["val"] = value
+        new.replace_input_with(source, masked)
+    for selection in labels.selections:
+        gone = torch.from_numpy(cut.removed[labels.components.of[selection.labels.numpy()]])
+        if not bool(gone.any()):
+            continue
+        new = twin[selection.node]
+        source = next(node for node in new.all_input_nodes if node.name == selection.source.name)
+        mask = buffer("mask", gone.reshape(-1), 0, new)
+        with graph.inserting_before(new):
+            spread = graph.call_function(aten.reshape.default, (mask, list(gone.shape)))
+            masked = graph.call_function(aten.masked_fill.Scalar, (source, spread, float("-inf")))
+        spread.meta["val"], masked.meta["val"] = gone, selection.source.meta["val"]
         new.replace_input_with(source, masked)
     return Rewritten(graph, tensors, twin)
 

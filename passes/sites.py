@@ -27,6 +27,7 @@ class Sites:
         families: site name -> its labels.
         pinned: consumers whose channels stay, with the reason.
         refused: those among them whose channels come from one linear and go to this one alone: a narrowing refused.
+        routers: routers whose experts stay, with the reason.
         feeds: which site's output reaches which site's input without passing another.
         naming: what the patterns said.
     """
@@ -35,6 +36,7 @@ class Sites:
     families: Mapping[str, Family]
     pinned: tuple[Note, ...]
     refused: tuple[Note, ...]
+    routers: tuple[Note, ...]
     feeds: nx.DiGraph = field(compare=False)
     naming: Naming = field(compare=False)
 
@@ -65,8 +67,10 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
         if (reason := families[site.name].heads_refused or ("its heads are not told apart" if site.of_values else ""))
     )
     pinned, refused = (*pinned, *heads, *_unread(program)), (*refused, *heads)
-    pinned = (*pinned, *_rest(model, program, sites, pinned))
-    return Sites(tuple(sites), families, pinned, refused, _feeds(program, labels, families), naming)
+    routers = tuple(Note(where=r.tensor.removesuffix(".weight"), reason=f"experts: {r.reason}") for r in found.routers)
+    pinned = (*pinned, *routers, *_rest(model, program, sites, pinned))
+    feeds = _feeds(program, labels, families)
+    return Sites(tuple(sites), families, pinned, refused, routers, feeds, naming)
 
 
 def _rest(model: nn.Module, program: Program, sites: Sequence[Site], notes: Sequence[Note]) -> Iterator[Note]:
@@ -110,19 +114,26 @@ def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Fam
     module = common_path(piece.tensor.rpartition(".")[0] for piece in family.slices)
     name = f"{module}:{kind}" if module else kind
     if name in taken:
-        name = f"{name}@{consumers[0].removesuffix('.weight').removeprefix(module).strip('.')}"
+        first = (consumers or family.routers)[0]
+        name = f"{name}@{first.removesuffix('.weight').removeprefix(module).strip('.')}"
     base, number = name, 2
     while name in taken:
         name, number = f"{base}#{number}", number + 1
     roles = dict(match.roles) if match is not None and kind == match.kind else {}
     if match is not None and match.kind == "attention" and not family.scored:
         roles = {role: match.roles[role] for role in ("v", "out")}  # its units are value channels
+    if family.routers:
+        roles = {"router": family.routers}
+    stays = family.experts > 1 or (bool(family.routers) and family.groups is not None)
     return Site(name=name, kind=kind, module=module, units=family.units, groups=family.groups, slices=family.slices,
-                roles=roles, task_head=head)  # fmt: skip
+                roles=roles, task_head=head, multiple=family.multiple, groups_stay=stays,
+                least=family.least)  # fmt: skip
 
 
 def _kind(match: Match | None, family: Family) -> Kind:
     """Patterns only name: their kind counts where the labels agree with it."""
+    if family.routers:
+        return "experts"
     if match is None or (match.kind == "attention") != family.scored:
         return "generic"
     return match.kind if match.kind in ("ffn", "gated_ffn", "attention") else "generic"  # type: ignore[return-value]
@@ -138,6 +149,10 @@ def _ends(families: Sequence[Family], labels: Labels) -> list[list[fx.Node]]:
         for number in np.unique(owner[labels.components.of[use.labels.numpy()]]).tolist():
             if number >= 0:
                 ends[number].append(use.node)
+    for selection in labels.selections:
+        for number in np.unique(owner[labels.components.of[selection.labels.numpy()]]).tolist():
+            if number >= 0:
+                ends[number].append(selection.node)
     return ends
 
 

@@ -40,7 +40,7 @@ def spread_edits(model: nn.Module, plan: Plan, parts: Sequence[SitePlan]) -> tup
     around: dict[Side, np.ndarray] = {}
     for part in parts:
         for side, piece in _sides(model, part).items():
-            removed = piece.removed(part.gone)
+            removed = piece.removed(part.taken)
             around[side] = others.get((piece.tensor, piece.dim), np.zeros_like(removed))
             gone[side] = gone.get(side, np.zeros_like(removed)) | removed
     made = []

@@ -164,11 +164,11 @@ def _gathers(module: nn.Module, path: str, parts: Sequence[SitePlan], seen: Watc
                 for axis, size in enumerate(tensor.shape):
                     runs = axis == 0 and size == rows * units and size != units
                     if (size == units and axis < max(tensor.ndim - 1, 1)) or runs:
-                        edit = GatherEdit(module=path, name=name, axis=axis, size=units, keep=part.keep,
+                        edit = GatherEdit(module=path, name=name, axis=axis, size=units, keep=part.left,
                                           rank=tensor.ndim, runs=runs)  # fmt: skip
                         made.setdefault((name, axis, runs, units, tensor.ndim), edit)
         for reader in seen.attention:
-            made.setdefault((reader, units), AttentionEdit(module=reader, size=units, keep=part.keep))
+            made.setdefault((reader, units), AttentionEdit(module=reader, size=units, keep=part.left))
     return list(made.values())
 
 

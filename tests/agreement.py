@@ -75,11 +75,16 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> f
 
 
 def random_keep(site: Site, fraction: float, generator: np.random.Generator) -> SitePlan:
-    """Remove about this fraction of a site's units (at least one) at random, equally many in every group."""
+    """Remove about this fraction of a site's units (at least one) at random, equally many in every group.
+
+    What is left is a multiple of the site's, unless that is everything.
+    """
     members = [np.arange(site.units)] if site.groups is None else _members(site)
     gone: list[int] = []
     for group in members:
-        count = min(max(1, round(fraction * len(group))), len(group) - 1)
+        count = min(max(1, round(fraction * len(group))), len(group) - site.least)
+        step = site.multiple if site.multiple < len(group) else 1
+        count = min(-(-count // step) * step, len(group) - step)
         gone.extend(generator.permutation(group)[:count].tolist())
     return SitePlan(site=site, keep=tuple(unit for unit in range(site.units) if unit not in gone))
 

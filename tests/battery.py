@@ -78,12 +78,12 @@ def removed(model: nn.Module, plan: Plan) -> dict[str, int]:
         gone = np.isin(np.arange(part.site.units), part.keep, invert=True)
         for piece in part.site.slices:
             shape = keep.setdefault(piece.tensor, list(model.get_parameter(piece.tensor).shape))
-            shape[piece.dim] -= len(rows(piece, np.flatnonzero(gone).tolist()))
+            shape[piece.dim] -= len(rows(piece, np.flatnonzero(gone).tolist())) // piece.experts
     return {name: model.get_parameter(name).numel() - int(np.prod(shape)) for name, shape in keep.items()}
 
 
 def rows(piece: Slice, units: list[int]) -> set[int]:
-    """Return the rows of a slice that go with these units, read off its blocks."""
+    """Return the rows of a slice (of all experts) that go with these units, read off its blocks."""
     if piece.groups is not None:
         left = {group for unit, group in enumerate(piece.groups) if unit not in units}
         units = sorted(set(piece.groups) - left)

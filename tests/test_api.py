@@ -261,8 +261,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], type[FxslimErr
         mlp, lambda m: fxslim.inspect(m, given(), include=["up", "layers.?"]), RequestError,
         "include='layers.?' matches no"),
     "experts": (
-        mlp, lambda m: fxslim.slim(m, given(), experts=0.5), RequestError,
-        "experts= is not supported yet: this version takes ffn=, heads=, kv_groups= and value=."),
+        mlp, lambda m: fxslim.slim(m, given(), experts=1.5), RequestError,
+        "experts=1.5: give the fraction to remove, a number from 0 up to 1."),
 }  # fmt: skip
 
 
@@ -419,7 +419,7 @@ def test_in_place_narrows_the_model_itself() -> None:
 
 @pytest.mark.parametrize(
     ("request_", "error"),
-    [({"ffn": 1}, RequestError), ({"skip": "nope"}, RequestError), ({"experts": 0.5}, RequestError)],
+    [({"ffn": 1}, RequestError), ({"skip": "nope"}, RequestError), ({"experts": 1.5}, RequestError)],
 )
 def test_in_place_changes_nothing_on_failure(request_: dict[str, Any], error: type[FxslimError]) -> None:
     model = bert()

@@ -377,7 +377,7 @@ CASES: dict[str, Case] = {
     "cross attention": Case(Cross, ("attention 3",)),
     "a convolutional front": Case(Front, ("generic 8", "ffn 10", "attention 3")),
     "a probe": Case(Pool, ("attention 3",)),
-    "experts": Case(Experts, ("gated_ffn 10",), ()),
+    "experts": Case(Experts, ("experts 4", "gated_ffn 40/4"), ()),
     "windows": Case(Windows, ("attention 3",)),
     "relative positions": Case(Relative, ("attention 3",)),
 }
@@ -455,8 +455,8 @@ def test_value_channels_where_heads_can_go_are_not_offered() -> None:
     } | {note.reason for note in plan.notes if note.where != "value"}
 
 
-def test_experts_pin_what_data_picks() -> None:
-    """Experts themselves stay: which of them a token takes is data."""
+def test_channels_of_experts_leave_the_experts() -> None:
+    """Experts themselves stay unless they are asked for."""
     graph = fxslim.compile(built(CASES["experts"]), example(2, 7, 0), ffn=0.5)
     assert graph.up.shape == (4, WIDTH, HIDDEN)
     assert graph.bias.shape == (4, HIDDEN)

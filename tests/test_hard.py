@@ -110,7 +110,8 @@ DEEPSEEK = [
     "model.layers.0.self_attn:attention 4",
     "model.layers.0.mlp:gated_ffn 48",
     "model.layers.1.self_attn:attention 4",
-    "model.layers.1.mlp.experts:gated_ffn 12",
+    "model.layers.1.mlp:experts 4",
+    "model.layers.1.mlp.experts:gated_ffn 48/4",
     "model.layers.1.mlp.shared_experts:gated_ffn 24",
 ]
 SITES: dict[str, list[str]] = {
@@ -168,16 +169,18 @@ SITES: dict[str, list[str]] = {
         "model.multi_modal_projector:ffn 32",
         *layers(*LLAMA_GQA, at="model.language_model.layers.#."),
     ],
-    "gpt_oss": layers("self_attn:attention 4/2", "mlp.experts:gated_ffn 48", at="model.layers.#."),
+    "gpt_oss": layers("self_attn:attention 4/2", "mlp:experts 4", "mlp.experts:gated_ffn 192/4", at="model.layers.#."),
     "deepseek_v2": DEEPSEEK,
-    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3": [site for site in DEEPSEEK if ":experts" not in site],  # two of every group of two are needed
     "qwen3_next": [
         "model.layers.0.self_attn:attention 4/2",
         "model.layers.0.mlp.shared_expert:gated_ffn 20",
-        "model.layers.0.mlp.experts:gated_ffn 12",
+        "model.layers.0.mlp:experts 4",
+        "model.layers.0.mlp.experts:gated_ffn 48/4",
         "model.layers.1.self_attn:attention 4/2",
         "model.layers.1.mlp.shared_expert:gated_ffn 20",
-        "model.layers.1.mlp.experts:gated_ffn 12",
+        "model.layers.1.mlp:experts 4",
+        "model.layers.1.mlp.experts:gated_ffn 48/4",
     ],
     "torch_encoder": layers("self_attn:attention 4", ":ffn 48", at="encoder.layers.#."),
     "torch_encoder_seq": layers("self_attn:attention 4", ":ffn 48", at="encoder.layers.#."),
@@ -190,6 +193,7 @@ ROLES = {
     "attention": {"q", "k", "v", "out"},
     "ffn": {"up", "down"},
     "gated_ffn": {"gate", "up", "down"},
+    "experts": {"router"},
     "generic": set(),
 }
 MORE = {"attention": {"gate"}, "generic": {"v", "out"}}

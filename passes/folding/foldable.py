@@ -106,6 +106,8 @@ class _Judge:
 
     def site(self, site: Site) -> Still | None:
         """Judge a site's units, or return None where all of them vary."""
+        if site.groups_stay:
+            return None  # a value that is the same for every input differs between experts
         self.reasons = []
         judged = [(piece, self._rows(site, piece)) for piece in site.slices if piece.role == "in"]
         if all((rows.verdict == VARIES).all() for _, rows in judged):

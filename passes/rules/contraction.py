@@ -169,13 +169,23 @@ def linear(walk: Walk, node: fx.Node) -> Value:
     return out if bias is None else walk.join([out, walk.value(bias)], sizes(node))
 
 
-@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+"""Products of rows with one matrix of several each."""
+
+
+@rule(*GROUPED)
 def grouped_matmul(walk: Walk, node: fx.Node) -> Any:
     """Product of rows with one matrix of several each (E, in, out): the matrices share their channels' numbers."""
     x, weight = walk.value(node.args[0]), walk.value(node.args[1])
     if len(x.shape) != 2 or len(weight.shape) != 3 or parameter(node, "bias", 3) is not None:
         return walk.opaque(node, f"no rule for this form of {node.target}")
-    pin_axis(walk, weight, 0, "picked by data", node)
+    offsets, experts = walk.value(parameter(node, "offs", 2)).along(0), weight.along(0)
+    if offsets is not None and experts is not None and offsets.numel() == experts.numel():
+        walk.relations.tie(experts.reshape(-1), offsets.reshape(-1))
+    else:
+        pin_axis(walk, weight, 0, "picked by data", node)
+        for ends in walk.value(parameter(node, "offs", 2)).labels:
+            walk.relations.pin(ends, walk.relations.pin_label(f"no rule for this form of {node.target}", node.name))
     labels = tuple(own.reshape(own.shape[1:]) for own in weight.labels if own.shape[0] == 1)
     matrix = Value(weight.shape[1:], labels, weight.origin, weight.looked_up)
     return contract(walk, node, x, matrix, ("ti", "io", "to"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Value
 from fxslim.passes.rules.movement import concatenate
+from fxslim.passes.rules.routing import pin_numbers, tie_numbers
 from fxslim.passes.rules.walk import Walk, concrete, fixed, parameter, pin_axis, rule, sizes
 
 
@@ -50,6 +52,10 @@ def index(walk: Walk, node: fx.Node) -> Any:
     read = [walk.value(argument) for argument in indices if argument is not None]
     for own in read:
         _pin_all(walk, node, own)
+    picked = len(picks) == 1 and tie_numbers(walk, node, value.along(picks[0]), read[0])
+    if len(picks) > 1:
+        for own in read:
+            pin_numbers(walk, node, own)
     masks = any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices)
     passed = []
     axis = 0
@@ -61,6 +67,8 @@ def index(walk: Walk, node: fx.Node) -> Any:
             indexed.extend(range(axis, axis + width))
         axis += width
     for labels in value.labels:
+        if picked and any(labels.shape[i] > 1 for i in indexed):
+            continue
         if any(labels.shape[i] > 1 for i in indexed):
             reason = walk.relations.pin_label("indexed by data", node.name)
             walk.relations.pin(labels, reason)
@@ -73,7 +81,7 @@ def index(walk: Walk, node: fx.Node) -> Any:
     looked_up = any(own.looked_up for own in operands)
     if origin == CONSTANT and looked_up and value.labels:
         origin = walk.relations.pin_label("looked up by an input of the model", node.name)
-    return Value(shape, tuple(passed), origin, looked_up)
+    return Value(shape, tuple(passed), origin, looked_up, value.indexes)
 
 
 def _indexed(labels: torch.Tensor, indexed: list[int], rank: int) -> torch.Tensor:
@@ -96,14 +104,17 @@ def select(walk: Walk, node: fx.Node) -> Value:
     known = None if gathers else walk.known.get(parameter(node, position[0], position[1]))
     if known is not None:
         return walk.move(value, lambda t: t.index_select(axis, known % value.shape[axis]), sizes(node))
-    pin_axis(walk, value, axis, "indexed by data", node)
+    if not tie_numbers(walk, node, value.along(axis), chosen):
+        pin_axis(walk, value, axis, "indexed by data", node)
     shape = sizes(node)
     rest = tuple(own for own in value.labels if own.shape[axis] == 1)
-    source = Value(shape, rest, value.origin, value.looked_up)
+    source = Value(shape, rest, value.origin, value.looked_up, value.indexes)
     if not gathers:
         _pin_all(walk, node, chosen)
-        return Value(shape, rest, _data(walk, node, chosen) or value.origin, value.looked_up or chosen.looked_up)
-    return walk.join([source, chosen], shape)
+        origin = _data(walk, node, chosen) or value.origin
+        return Value(shape, rest, origin, value.looked_up or chosen.looked_up, value.indexes)
+    joined = walk.join([source, dataclasses.replace(chosen, indexes=None)], shape)
+    return dataclasses.replace(joined, indexes=value.indexes)
 
 
 def scattered(node: fx.Node, shape: Sequence[int]) -> tuple[int, range]:
@@ -162,7 +173,26 @@ def put(walk: Walk, node: fx.Node) -> Any:
 def scatter(walk: Walk, node: fx.Node) -> Any:
     """Writes at places given by data: only unlabelled values pass."""
     operands = walk.operands(node)
+    chosen = walk.value(parameter(node, "index", 2))
+    if chosen.indexes is not None and str(getattr(node.target, "overloadpacket", "")) == "aten.scatter":
+        return _chosen(walk, node, chosen)
     if any(operand.labels for operand in operands):
         return walk.opaque(node, f"written at places given by data ({node.target})")
     origin = next((operand.origin for operand in operands if operand.origin != CONSTANT), CONSTANT)
     return walk.bare(node, origin, looked_up=any(operand.looked_up for operand in operands))
+
+
+def _chosen(walk: Walk, node: fx.Node, chosen: Value) -> Any:
+    """Write where the numbers of what was selected say: the axis is that of the coordinates they stand for."""
+    value, piece = walk.value(node.args[0]), walk.value(parameter(node, "src", 3))
+    axis = int(concrete(parameter(node, "dim", 1))) % len(value.shape)
+    labels = value.along(axis)
+    assert chosen.indexes is not None
+    if piece.labels or chosen.labels or any(own is not labels for own in value.labels):
+        pin_numbers(walk, node, chosen)
+        return walk.opaque(node, f"written at places given by data ({node.target})")
+    if labels is None and value.shape[axis] == chosen.indexes.numel() and value.origin == CONSTANT:
+        pin_numbers(walk, node, chosen)  # an axis that cannot be resized
+    elif not tie_numbers(walk, node, labels, chosen) and labels is not None:
+        return walk.opaque(node, f"written at places given by data ({node.target})")
+    return Value(value.shape, value.labels, chosen.origin, value.looked_up or chosen.looked_up)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from fxslim.labels import CONSTANT, Value, axes_of
+from fxslim.labels import Value, axes_of
+from fxslim.passes.rules.routing import best_of, competes, counts_up, operation_name
 from fxslim.passes.rules.walk import Walk, concrete, parameter, rule, sizes
 
 ALONG = (
@@ -17,8 +18,11 @@ ALONG = (
 
 @rule(*ALONG)
 def along(walk: Walk, node: fx.Node) -> Value:
-    """Tie along one axis, which stays."""
-    return walk.tie_axes(walk.value(node.args[0]), [int(concrete(parameter(node, "dim", 1)))])
+    """Tie along one axis, which stays; where coordinates compete to be selected, each may be removed."""
+    value, axis = walk.value(node.args[0]), int(concrete(parameter(node, "dim", 1)))
+    if competes(walk, node, value, axis) or counts_up(node):
+        return value
+    return walk.tie_axes(value, [axis])
 
 
 @rule("aten.fft_fft", "aten.fft_ifft", "aten.fft_rfft", "aten.fft_irfft", "aten.fft_hfft", "aten.fft_ihfft")
@@ -52,6 +56,8 @@ def reduction(walk: Walk, node: fx.Node) -> Any:
         axes = list(range(len(value.shape)))
     axes = [axes] if isinstance(axes, int) else list(axes)
     keepdim = bool(parameter(node, "keepdim", names.index("keepdim"), False)) if "keepdim" in names else False
+    if operation_name(node) in ("aten.max", "aten.amax") and len(axes) == 1 and value.shape:
+        value = best_of(walk, node, value, axes[0])
     reduced = walk.reduce(value, axes, keepdim=keepdim) if value.shape else value
     result = node.meta["val"]
     return tuple(reduced for _ in result) if isinstance(result, tuple | list) else reduced
@@ -138,26 +144,6 @@ def pool(walk: Walk, node: fx.Node) -> Any:
     if isinstance(node.meta["val"], tuple | list):
         return walk.opaque(node, f"no rule for the indices of {node.target}")
     return Value(sizes(node), value.labels, value.origin, value.looked_up)
-
-
-@rule("aten.topk", "aten.sort")
-def ordered(walk: Walk, node: fx.Node) -> Any:
-    """Selecting by value mixes the axis: pin what varies along it, pass the rest."""
-    value = walk.value(node.args[0])
-    position = 2 if "topk" in str(node.target) else 1
-    axis = int(concrete(parameter(node, "dim", position, -1))) % len(value.shape)
-    labels = value.along(axis)
-    origin = value.origin
-    if labels is not None:
-        reason = walk.relations.pin_label(f"selected by value ({node.target})", node.name)
-        walk.relations.pin(labels, reason)
-        origin = origin if origin == CONSTANT else reason
-    shape = tuple(node.meta["val"][0].shape)
-    count = int(concrete(shape[axis]))
-    rest = tuple(own for own in value.labels if own.shape[axis] == 1)
-    out = tuple(count if a == axis else size for a, size in enumerate(value.shape))
-    result = Value(out, rest, origin, value.looked_up)
-    return (result, result)
 
 
 @rule("aten.one_hot")

@@ -47,6 +47,23 @@ class Use:
     weight: fx.Node | None = None
 
 
+@dataclass(frozen=True)
+class Selection:
+    """One place where coordinates compete: removed ones must be minus infinity there.
+
+    Attributes:
+        node: a top-k, a softmax or a maximum on the way to one.
+        source: what it reads.
+        labels: labels of the coordinates, of the rank of what it reads.
+        count: how many a top-k takes; 0 elsewhere.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    labels: torch.Tensor
+    count: int = 0
+
+
 @dataclass
 class Walk:
     """State of one walk over a graph: labels of the nodes so far, relations, and where parameters are contracted.
@@ -61,6 +78,9 @@ class Walk:
         tied: (a label, the operation) where coordinates were tied along an axis.
         known: node -> whole numbers that are constants of the graph.
         node: the node that is being walked.
+        routing: nodes on the way to a top-k.
+        selections: where coordinates compete.
+        indexed: labels whose coordinates are picked by the numbers of what was selected.
     """
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
@@ -72,6 +92,9 @@ class Walk:
     tied: list[tuple[int, str]] = field(default_factory=list)
     known: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     node: fx.Node | None = None
+    routing: frozenset[fx.Node] = frozenset()
+    selections: list[Selection] = field(default_factory=list)
+    indexed: list[torch.Tensor] = field(default_factory=list)
 
     def tie_along(self, labels: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
         """Tie labels along axes, remember which operation did it, and return them with those axes of size 1."""
@@ -160,7 +183,7 @@ class Walk:
         """Run a data movement on every label tensor."""
         moved = tuple(compact(function(labels.expand(value.shape))) for labels in value.labels)
         self.pin_single(moved)
-        return self.tidy(Value(tuple(shape), moved, value.origin, value.looked_up))
+        return self.tidy(Value(tuple(shape), moved, value.origin, value.looked_up, value.indexes))
 
     def pin_single(self, moved: Sequence[torch.Tensor]) -> None:
         """Pin what a data movement picks alone: an axis of one coordinate carries no labels any more."""
@@ -172,7 +195,7 @@ class Walk:
     def tidy(self, value: Value) -> Value:
         """Drop label tensors that vary no more, and merge those that came to share an axis."""
         merged = [self._meet(axes, members) for axes, members in clusters(value.labels)]
-        return Value(value.shape, tuple(merged), value.origin, value.looked_up)
+        return Value(value.shape, tuple(merged), value.origin, value.looked_up, value.indexes)
 
     def _meet(self, axes: frozenset[int], members: list[torch.Tensor]) -> torch.Tensor:
         """Merge labels that came to share axes: heads and channels, each repeated for the other, in one flat axis."""

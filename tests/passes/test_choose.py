@@ -198,8 +198,8 @@ def test_other_requests_are_refused() -> None:
     for multiple in (0, -8, 1.5, True):
         with pytest.raises(RequestError, match=r"^round_to=.*: give a whole number of at least 1\.$"):
             Request(round_to=multiple)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match=r"^experts= is not supported yet"):
-        Request(unsupported=("experts",))
+    with pytest.raises(RequestError, match=r"^experts=-0.1: give the fraction to remove"):
+        Request(experts=-0.1)
 
 
 @pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), "infinite values")])

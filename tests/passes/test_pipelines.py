@@ -30,7 +30,7 @@ def test_the_table_of_contents() -> None:
     slim = lines.narrowing(Request(ffn=0.5), given_plan=False, last=lines.slim_passes())
     assert _names(slim) == [*inspect, "Choose", "Take", "Refer", "NarrowModule", "Verify", "Account"]
     given = lines.narrowing(Request(), given_plan=True, last=lines.compile_passes())
-    last = ["Reread", "Take", "Refer", "NarrowGraph", "Verify", "Account"]
+    last = ["Reread", "Pad", "Take", "Refer", "NarrowGraph", "Verify", "Account"]
     assert _names(given) == ["Trace", "Follow", *inspect[1:], *last]
 
 
