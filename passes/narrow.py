@@ -211,7 +211,7 @@ def apply_edit(module: nn.Module, edit: AnyEdit) -> None:
         hook = Gather(edit.name, edit.axis, edit.size, edit.keep, edit.rank, edit.runs)
         owner.register_forward_pre_hook(hook, with_kwargs=True)
     elif isinstance(edit, SpreadEdit) and edit.name == "output":
-        owner.register_forward_hook(Spread(edit.size, edit.keep))
+        owner.register_forward_hook(Spread(edit.size, edit.keep), prepend=True)  # before that of an earlier narrowing
     elif isinstance(edit, SpreadEdit):
         owner.register_forward_pre_hook(Pick(edit.keep), with_kwargs=True)
     elif isinstance(edit, AttentionEdit):

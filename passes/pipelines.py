@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
 from fxslim.passes.watch import Watch, watching
 from fxslim.pipeline import Facts, Pass, Pipeline
-from fxslim.plan import Note, Plan, SitePlan
+from fxslim.plan import Note, Plan, SitePlan, SpreadEdit
 from fxslim.program import Program, is_symbolic
 from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
@@ -549,6 +550,25 @@ class Account:
     requires: ClassVar[tuple[type, ...]] = (Subject, Program, Cut, Plan, References, Narrowed, Verification)
     ensures: ClassVar[tuple[type, ...]] = (Report,)
 
+    def _after(self, facts: Facts) -> int:
+        """Return what the narrowed model multiplies: all of what stays in place, and all between spread linears."""
+        program, plan = facts.get(Program), facts.get(Plan)
+        if not (plan.zeroed or plan.spread):
+            return macs(example_macs_graph(program, facts.get(Cut))).total
+        whole = tuple(part for part in plan if part.site.name not in (*plan.zeroed, *plan.spread))
+        counted = macs(example_macs_graph(program, cut_of(facts.get(Labels), facts.get(Sites), whole)))
+        left: dict[str, float] = {}
+        for edit in plan.edits:
+            if isinstance(edit, SpreadEdit):
+                weight = f"{edit.module}.weight"
+                left[weight] = left.get(weight, 1.0) * len(edit.keep) / edit.size
+        total = 0.0
+        for node in program.graph.nodes:
+            weights = [program.tensor_name(argument) for argument in node.all_input_nodes]
+            share = math.prod(left.get(name, 1.0) for name in weights if name is not None)
+            total += counted.by_node.get(node.name, 0) * share
+        return round(total)
+
     def run(self, facts: Facts) -> Facts:
         """Count."""
         program, plan = facts.get(Program), facts.get(Plan)
@@ -565,7 +585,7 @@ class Account:
                 parameters_before=parameters(facts.get(Subject).model),
                 parameters_after=parameters(facts.get(Narrowed).module),
                 macs_before=before.total,
-                macs_after=macs(example_macs_graph(program, facts.get(Cut))).total,
+                macs_after=self._after(facts),
                 plan=plan,
                 verification=facts.get(Verification),
                 not_done=plan.notes,

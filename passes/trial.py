@@ -17,6 +17,7 @@ from fxslim.passes.watch import Recorded, Watch, private, shared_config
 from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
 from fxslim.program import forward_parameters
 from fxslim.sharing import share
+from fxslim.spread import Pick, Spread
 
 MOST = 4
 """Largest number of integers that are changed together in one module."""
@@ -200,9 +201,10 @@ def _narrowed_part(model: nn.Module, plan: Plan, path: str, parts: Sequence[Site
 
 
 def _shell(module: nn.Module) -> nn.Module:
-    """Copy a module that shares its tensors with the original; hooks stay behind."""
+    """Copy a module, sharing its tensors; hooks stay behind, but for those of linears that were narrowed before."""
     shell = share(module)
     for child in shell.modules():
-        child._forward_hooks.clear()
-        child._forward_pre_hooks.clear()
+        for hooks in (child._forward_hooks, child._forward_pre_hooks):
+            for number in [n for n, hook in hooks.items() if not isinstance(hook, Spread | Pick)]:
+                del hooks[number]
     return shell

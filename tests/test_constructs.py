@@ -349,29 +349,30 @@ class Relative(Attention):
 
 @dataclass(frozen=True)
 class Case:
-    """A construct: how to build it, ``kind units[/groups]`` of its sites, the edits it needs, what the module keeps."""
+    """A construct: how to build it, ``kind units[/groups]`` of its sites, the edits it needs, what is spread."""
 
     build: Callable[[], nn.Module]
     sites: tuple[str, ...]
     edits: tuple[str, ...] = ("attribute heads",)
-    zeroed: int = 0
+    spread: int = 0
 
 
 GATHERED = ("attribute heads", "gather bias")
+SPREAD = ("spread output", "spread input")
 CASES: dict[str, Case] = {
     "a bias that layers share": Case(SharedBias, ("attention 3", "attention 3"), GATHERED),
     "slopes from outside": Case(Slopes, ("attention 3", "attention 3"), GATHERED),
-    "slopes of its own": Case(OwnSlopes, ("attention 3",), (), 1),
+    "slopes of its own": Case(OwnSlopes, ("attention 3",), SPREAD, 1),
     "a temperature per head": Case(Temperature, ("attention 3",)),
     "sinks": Case(Sinks, ("attention 3",)),
     "norms over a head": Case(HeadNorms, ("attention 3",)),
-    "a norm over all heads": Case(WholeNorms, ("generic 12/3",), (), 1),
+    "a norm over all heads": Case(WholeNorms, ("generic 12/3",), SPREAD, 1),
     "multi-query by indices": Case(MultiQuery, ("attention 3",)),
     "fused groups": Case(Grouped, ("attention 6/2",)),
-    "batch times heads": Case(BatchTimesHeads, ("attention 3",), (), 1),
+    "batch times heads": Case(BatchTimesHeads, ("attention 3",), SPREAD, 1),
     "blocks": Case(Blocks, ("attention 4/2",)),
-    "latent keys, written": Case(lambda: Latent(True), ("generic 5", "attention 3"), zeroed=1),
-    "latent keys, joined": Case(lambda: Latent(False), ("generic 5", "attention 3"), zeroed=1),
+    "latent keys, written": Case(lambda: Latent(True), ("generic 5", "attention 3"), ("attribute heads", *SPREAD), 1),
+    "latent keys, joined": Case(lambda: Latent(False), ("generic 5", "attention 3"), ("attribute heads", *SPREAD), 1),
     "a gated output": Case(Gated, ("attention 3",)),
     "a shared layer": Case(Shared, ("attention 3", "ffn 10")),
     "cross attention": Case(Cross, ("attention 3",)),
@@ -408,7 +409,8 @@ def test_both_forms_compute_what_the_masked_module_does(name: str) -> None:
     graph = fxslim.compile(model, example(2, 7, 0), plan=plan)
     narrowed = small.fxslim.plan
     assert {f"{edit.edit} {edit.name}" for edit in narrowed.edits} == set(case.edits)
-    assert len(narrowed.zeroed) == case.zeroed
+    assert (len(narrowed.spread), narrowed.zeroed) == (case.spread, ())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     for seed, (batch, length) in enumerate(((1, 5), (4, 9))):
         given = example(batch, length, seed)
         with fxslim.masked(model, plan):

@@ -35,10 +35,7 @@ SIZES = ((1, 5), (5, 11), (4, 3))
 """Batch sizes and lengths to compare on; examples for tracing have 2 rows of 7."""
 FUSED = ("t5", "umt5", "falcon_mq", "falcon_alibi", "falcon_new", "qwen3", "gemma3", "pegasus", "whisper", "siglip")
 """Traced with fused attention as well; the modules of all are compared with both kinds anyway (fxslim does)."""
-KNOWN: dict[str, dict[str, str]] = {
-    "blip": {"whole": "the vision tower reads the head width as the model width over the number of heads"},
-    "olmo2": {"whole": "value channels: one head width is read for queries, keys and values, so they stay, zeroed"},
-}
+KNOWN: dict[str, dict[str, str]] = {}
 """Entry, or entry and attention, to test to the reason why it fails today."""
 
 

@@ -68,7 +68,7 @@ def down(width: int = HIDDEN) -> nn.Linear:
 
 
 def narrowed(
-    model: Any, x: Tensor, *fresh: Tensor, zeroed: bool = False, smaller: bool = False
+    model: Any, x: Tensor, *fresh: Tensor, spread: bool = False, smaller: bool = False
 ) -> tuple[Plan, Any, Any]:
     """Narrow every site at random in both forms and compare with the masked model, here and not in the tool."""
     sites = fxslim.inspect(model, x).sites
@@ -76,10 +76,10 @@ def narrowed(
     plan = random_plan(model, sites, seed=5)
     small = fxslim.slim(model, x, plan=plan)
     graph = fxslim.compile(model, x, plan=plan)
-    assert bool(small.fxslim.plan.zeroed) == zeroed
+    assert (bool(small.fxslim.plan.spread), small.fxslim.plan.zeroed) == (spread, ())
     counts = [sum(p.numel() for p in m.parameters()) for m in (model, small, graph)]
     assert counts[2] < counts[0]
-    assert counts[2] < counts[1] < counts[0] if smaller else counts[1] == (counts[0] if zeroed else counts[2])
+    assert counts[2] < counts[1] < counts[0] if smaller else counts[1] == counts[2]
     for other in fresh or (given(3, S + 2, 2), given(1, 3, 3)):
         with fxslim.masked(model, plan):
             expected = outputs(model, (other,))
@@ -142,7 +142,7 @@ def test_linear_activation_linear(name: str) -> None:
 def test_a_constant_vector_in_the_code_is_cut_in_the_graph_only() -> None:
     scale = torch.linspace(0.5, 1.5, HIDDEN, dtype=torch.float64)
     model = net(lambda m, x: m.down(F.gelu(m.up(x)) * scale), up=up(), down=down())
-    narrowed(model, given(), zeroed=True)
+    narrowed(model, given(), spread=True)
 
 
 def test_a_detour_through_a_box_keeps_as_many_in_every_row() -> None:
@@ -412,7 +412,7 @@ def test_attention_without_softmax_narrows_values_equally_in_every_head() -> Non
     model = net(linear_attention, **projections())
     (site,) = fxslim.inspect(model, given()).sites
     assert (site.units, site.group_count) == (H * E, H)
-    narrowed(model, given(), zeroed=True)  # the head width is a number in the code
+    narrowed(model, given(), spread=True)  # the head width is a number in the code
 
 
 def shared_heads(m: Any, x: Tensor) -> Tensor:
@@ -559,17 +559,21 @@ def constant(m: Any, x: Tensor) -> Tensor:
     return m.out((q @ k.transpose(-1, -2)).softmax(-1).matmul(v).transpose(1, 2).reshape(b, s, 24))
 
 
-def test_a_number_in_the_code_keeps_the_module_wide_and_says_so() -> None:
-    """No attribute can be edited: the graph is narrowed, the module is not, computes the same, and reports it."""
+def test_a_number_in_the_code_keeps_the_values_wide_and_says_so() -> None:
+    """No attribute can be edited: the linears are narrowed, what lies between them is not, and the report says it."""
     model = net(constant, **projections())
-    plan, small, graph = narrowed(model, given(), zeroed=True)
-    assert small.fxslim.plan.zeroed == ("attention",)
+    plan, small, graph = narrowed(model, given(), spread=True)
+    assert small.fxslim.plan.spread == ("attention",)
     (note,) = small.fxslim.report.not_done
-    assert note.reason == "no edit of the module's integers expresses this; its units stay in place, with zero columns"
+    assert "zeros stand between them in the old places" in note.reason
     assert graph.fxslim.plan.zeroed == ()
-    gone = [unit for unit in range(H) if unit not in plan.sites[0].keep]
-    for head in gone:
-        assert not small.out.weight[:, head * E : (head + 1) * E].any()
+    kept = [head * E + i for head in plan.sites[0].keep for i in range(E)]
+    assert torch.equal(small.out.weight, model.out.weight[:, kept])
+    weights = sum(linear.weight.numel() for linear in (model.q, model.k, model.v, model.out))
+    tokens = given().shape[0] * given().shape[1]
+    saved = tokens * weights * (H - len(plan.sites[0].keep)) // H  # attention itself is as it was
+    report = small.fxslim.report
+    assert report.macs_before - report.macs_after == saved
 
 
 # Larger modules -----------------------------------------------------------------------------------------------------

@@ -98,9 +98,41 @@ class _Stubborn(nn.Module):
         return out
 
 
+def test_what_no_integer_expresses_is_narrowed_in_its_linears() -> None:
+    model = nn.Sequential(_Stubborn(), nn.LayerNorm(4)).double()
+    small = fxslim.slim(model, X, heads=0.5)
+    plan = small.fxslim.plan
+    assert (plan.spread, plan.zeroed) == (("0:attention",), ())
+    assert [(e.edit, e.module, e.name, e.size) for e in plan.edits] == [
+        ("spread", "0.qkv", "output", 24), ("spread", "0.out", "input", 8),
+    ]  # fmt: skip
+    reasons = {note.where: note.reason for note in small.fxslim.report.not_done}
+    assert "zeros stand between them" in reasons["0:attention"]
+    assert (small[0].qkv.weight.shape, small[0].out.weight.shape) == ((12, 4), (4, 4))
+    assert small.fxslim.report.parameters_after == sum(p.numel() for p in small.parameters())
+    with fxslim.masked(model, plan), torch.no_grad():
+        expected = model(X)
+    assert torch.allclose(small(X), expected, rtol=0, atol=1e-13)
+    again = fxslim.slim(small, X, heads=0.5)  # narrowed once more: one head is left
+    assert again[0].out.weight.shape == (4, 2)
+    assert again.fxslim.plan.zeroed == ()
+    small(X).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+class _Unlinear(_Stubborn):
+    """The same with weights that no linear of its own reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = functional.linear(x, self.qkv.weight, self.qkv.bias).view(x.shape[0], x.shape[1], 3, 4, 2)
+        q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return functional.linear(mixed, self.out.weight, self.out.bias)
+
+
 def test_what_no_edit_expresses_stays_in_place_and_is_reported() -> None:
     """Refusal: masked = narrowed still holds, with zero columns; the graph form takes the heads out."""
-    model = nn.Sequential(_Stubborn(), nn.LayerNorm(4)).double()
+    model = nn.Sequential(_Unlinear(), nn.LayerNorm(4)).double()
     small = fxslim.slim(model, X, heads=0.5)
     plan = small.fxslim.plan
     assert plan.edits == ()
