@@ -211,11 +211,19 @@ def _shapes(program: Program, leaves: list[Any], batch: int | None, length: int 
     """Return another shape for every tensor, where the trace left sizes open."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     shapes: list[list[int]] = []
+    sizes: dict[str, int] = {}  # a length may stand in several axes: pairs of places
+    for name in program.inputs:
+        for axis, size in enumerate(getattr(nodes[name].meta.get("val"), "shape", ())[:2]):
+            if is_symbolic(size):
+                sizes.setdefault(str(size.node.expr), _resize(size, axis, batch, length))
     for leaf, name in zip(leaves, program.inputs, strict=True):
         if not isinstance(leaf, torch.Tensor):
             shapes.append([])
             continue
-        shape = [_resize(size, axis, batch, length) for axis, size in enumerate(nodes[name].meta["val"].shape)]
+        shape = [
+            sizes.get(str(size.node.expr), hint(size)) if is_symbolic(size) else hint(size)
+            for size in nodes[name].meta["val"].shape
+        ]
         for limit in program.ranges:
             if limit.input == name:
                 high = shape[limit.axis] if limit.high is None else limit.high

@@ -18,7 +18,7 @@ from fxslim.passes.cut import Cut
 from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rows import cleared, without
-from fxslim.passes.rules.walk import Use, parameter
+from fxslim.passes.rules.walk import Use, concrete, parameter
 from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program, is_symbolic
 from fxslim.spelling import letters_of
@@ -169,7 +169,10 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
     if name in ("aten.matmul", "aten.bmm", "aten.einsum"):
         _align_product(old, new, cut, graph)
         return
-    if name in ("aten.cat", "aten.stack", "aten.embedding") or moves(old) or name in RESIZES:
+    if name == "aten.cat":
+        _align_pieces(old, new, cut, graph)
+        return
+    if name in ("aten.stack", "aten.embedding") or moves(old) or name in RESIZES:
         return
     if name in ("aten.baddbmm", "aten.addmm"):
         value, bias = cut.labels.values[old], old.args[0]
@@ -182,6 +185,19 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
     for argument in old.all_input_nodes:
         if isinstance(cut.labels.values.get(argument), Value):
             _gather(old, new, argument, value, cut, graph, range(len(value.shape)))
+
+
+def _align_pieces(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
+    """Gather pieces that keep more than what they are put together with; along the axis itself each has its own."""
+    value = cut.labels.values.get(old)
+    if not isinstance(value, Value) or not cut.touches(value):
+        return
+    rank = len(value.shape)
+    along = int(concrete(parameter(old, "dim", 1, 0))) % rank
+    for argument in dict.fromkeys(old.all_input_nodes):
+        own = cut.labels.values.get(argument)
+        if isinstance(own, Value) and len(own.shape) == rank:
+            _gather(old, new, argument, value, cut, graph, [axis for axis in range(rank) if axis != along])
 
 
 def _align_product(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
@@ -220,7 +236,7 @@ def _gather(
     value: Value,
     cut: Cut,
     graph: fx.Graph,
-    axes: range,
+    axes: Sequence[int],
     letters: tuple[str, str] | None = None,
 ) -> None:
     """Insert an index_select on one operand for every axis where it keeps more than the output does.
