@@ -212,7 +212,9 @@ def _export(
             if asks_data and not is_open:
                 continue  # fixed sizes do not help where values are asked for
             try:
-                return attempt()
+                exported, example = attempt()
+                _require_operations(exported.graph)
+                return exported, example
             except Exception as error:  # noqa: BLE001 - export raises anything; the first error is reported below
                 first = first or error
                 asks_data = isinstance(error, GuardOnDataDependentSymNode)
@@ -222,6 +224,12 @@ def _export(
         "Check that the model runs on these example_inputs; control flow that depends on tensor values has to "
         "be taken out of forward, or slim the submodules one by one."
     ) from first
+
+
+def _require_operations(graph: fx.Graph) -> None:
+    """Raise TraceError for a graph that calls Python functions: a mask function under ``vmap``."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flat_apply):
+        raise TraceError(f"the graph calls a Python function ({node.args[1] if len(node.args) > 1 else node.name})")
 
 
 def _program(

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxslim.passes.prepare import settle
+
 CASES = Path(__file__).resolve().parent / "cases.jsonl"
 
 
@@ -65,6 +67,7 @@ def build(case: Case, dtype: torch.dtype) -> Any:
         except (ValueError, NotImplementedError):
             model = kind(config)
     model = model.eval().to(dtype)
+    settle(model)  # weights that are computed at every call (weight norm) could not be masked
     scatter(model)
     return model
 

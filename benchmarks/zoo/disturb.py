@@ -81,6 +81,8 @@ class Oracle:
     def probe(self, producer: str) -> Probe:
         """Disturb the first channel of a linear, and the middle one if that cannot go: fused weights hold several."""
         width = self._width(producer)
+        if width == 1:  # without it nothing would be left
+            return Probe(producer, 0, "", (), prunable=False)
         for channel in dict.fromkeys((0, width // 2)):
             found = self._probe(producer, channel)
             if found.prunable:
