@@ -39,6 +39,7 @@ def find_edits(
     watches: Mapping[str, Watch],
     *,
     left: frozenset[str] = frozenset(),
+    linears: frozenset[str] = frozenset(),
 ) -> Edits:
     """Find the integer edits that a plan needs.
 
@@ -48,7 +49,8 @@ def find_edits(
         sizes: site name -> old size -> new sizes, over every axis that the site changes.
         watches: what was seen of modules while the masked model ran. A module that was not watched takes the edits of
             one that looks alike; the verification has to show that this was right.
-        left: names of sites that are not to be tried: a verification failed there.
+        left: names of sites that stay in place: a verification failed there.
+        linears: names of sites that are narrowed in their linears, where that can be, and not tried otherwise.
     """
     found: list[AnyEdit] = []
     spread: list[SitePlan] = []
@@ -65,8 +67,11 @@ def find_edits(
         return plan.model_copy(update={"edits": edits, "spread": names, "zeroed": tuple(stuck)})
 
     for path, every in holders(model, plan).items():
-        stuck.extend(part.site.name for part in every if part.site.name in left)
-        parts = [part for part in every if part.site.name not in left]
+        named = [part for part in every if part.site.name in linears and can_spread(model, part)]
+        spread.extend(named)
+        stays = [part for part in every if part.site.name in left | linears and part not in named]
+        stuck.extend(part.site.name for part in stays)
+        parts = [part for part in every if part not in (*named, *stays)]
         heads = head_edits(model, plan, parts)
         found.extend(heads or ())
         if is_narrowable(model.get_submodule(path)):  # nothing else in there holds a size

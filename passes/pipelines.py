@@ -417,15 +417,15 @@ class NarrowModule:
         """Narrow."""
         plan = facts.get(Plan)
         if not (plan.edits or plan.spread or plan.zeroed):
-            plan = edited(facts, frozenset())
+            plan = edited(facts)
         return facts.adding(plan, Narrowed(narrowed_copy(facts.get(Subject).model, plan)))
 
 
-def edited(facts: Facts, left: frozenset[str]) -> Plan:
-    """Return the plan with the edits that it needs; sites that are left stay in place, as those without edits do."""
+def edited(facts: Facts, left: frozenset[str] = frozenset(), apart: frozenset[str] = frozenset()) -> Plan:
+    """Return the plan with the edits that it needs; sites that are left, and those without edits, stay in place."""
     plan = facts.get(Plan).model_copy(update={"edits": (), "spread": (), "zeroed": ()})
     sizes = {p.site.name: _sizes(facts.get(Labels), facts.get(Sites), p) for p in plan}
-    found = find_edits(facts.get(Subject).model, plan, sizes, facts.get(References).watches, left=left)
+    found = find_edits(facts.get(Subject).model, plan, sizes, facts.get(References).watches, left=left, linears=apart)
     _refuse_experts(plan, found.stuck)
     reasons = dict.fromkeys(found.stuck, STUCK) | dict.fromkeys(found.spread, SPREAD) | dict.fromkeys(left, LEFT)
     notes = tuple(note for note in plan.notes if note.reason not in (STUCK, SPREAD, LEFT))
@@ -513,7 +513,7 @@ class Verify:
     """Compare masked and narrowed. Ensures: they agree along every path, or VerifyError.
 
     Attributes:
-        retreat: whether a site of a module at which they disagree is left in place, and the rest tried again.
+        retreat: whether a site of a module at which they disagree is narrowed in its linears alone, then left in place.
     """
 
     retreat: bool = False
@@ -525,7 +525,7 @@ class Verify:
         """Compare."""
         references, model = facts.get(References).references, facts.get(Subject).model
         plan, small = facts.get(Plan), facts.get(Narrowed).module
-        left: frozenset[str] = frozenset()
+        left, apart = frozenset[str](), frozenset[str]()
         while True:
             try:
                 return facts.adding(plan, Narrowed(small), compare(model, small, plan, references))
@@ -533,8 +533,9 @@ class Verify:
                 sites = {part.site.name for part in plan} - {*plan.zeroed}
                 if not self.retreat or error.site not in sites:
                     raise
-                left |= {error.site}
-                plan = edited(facts, left)
+                spread = error.site in plan.spread
+                left, apart = (left | {error.site}, apart) if spread else (left, apart | {error.site})
+                plan = edited(facts, left, apart - left)
                 small = narrowed_copy(model, plan)
 
 

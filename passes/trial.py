@@ -17,7 +17,6 @@ from fxslim.passes.watch import Recorded, Watch, private, shared_config
 from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
 from fxslim.program import forward_parameters
 from fxslim.sharing import share
-from fxslim.spread import Pick, Spread
 
 MOST = 4
 """Largest number of integers that are changed together in one module."""
@@ -201,14 +200,4 @@ def _narrowed_part(model: nn.Module, plan: Plan, path: str, parts: Sequence[Site
         if f"{edit.module}.".startswith(prefix)
     )
     inner = plan.model_copy(update={"sites": tuple(own), "edits": edits, "zeroed": tuple(stays)})
-    return narrowed_copy(_shell(model.get_submodule(path)), inner)
-
-
-def _shell(module: nn.Module) -> nn.Module:
-    """Copy a module, sharing its tensors; hooks stay behind, but for those of linears that were narrowed before."""
-    shell = share(module)
-    for child in shell.modules():
-        for hooks in (child._forward_hooks, child._forward_pre_hooks):
-            for number in [n for n, hook in hooks.items() if not isinstance(hook, Spread | Pick)]:
-                del hooks[number]
-    return shell
+    return narrowed_copy(share(model.get_submodule(path)), inner)

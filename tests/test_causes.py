@@ -287,7 +287,10 @@ def test_a_width_that_training_mode_knows_is_spread() -> None:
 def test_a_site_that_fails_on_one_path_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     compare = pipelines.compare
 
+    seen = []
+
     def fails(model: Any, small: Any, plan: Any, references: Any) -> Any:
+        seen.append(plan.spread)
         if "first:ffn" not in plan.zeroed:
             raise VerifyError("first:ffn", 1.0, 0.0, "a path")
         return compare(model, small, plan, references)
@@ -296,6 +299,9 @@ def test_a_site_that_fails_on_one_path_is_left_in_place(monkeypatch: pytest.Monk
     model = built(Two)
     small: Any = fxslim.slim(model, words(2, S, 0), ffn=0.5)
     assert small.fxslim.plan.zeroed == ("first:ffn",)
+    assert [set(names) for names in seen] == [  # quickly, thoroughly, in the linears, in place
+        {"second:ffn"}, {"second:ffn"}, {"first:ffn", "second:ffn"}, {"second:ffn"},
+    ]  # fmt: skip
     assert (small.first.up.weight.shape, small.second.up.weight.shape) == ((10, D), (5, D))
     reasons = {note.where: note.reason for note in small.fxslim.report.not_done}
     assert "would not compute the same on every path" in reasons["first:ffn"]

@@ -615,7 +615,7 @@ def test_parts_of_heads_stay_in_place() -> None:
     site = Site(name="inner:generic", kind="generic", module="inner", units=D, slices=slices)
     plan = random_plan(model, ()).model_copy(update={"sites": (SitePlan(site=site, keep=tuple(range(1, D))),)})
     assert head_edits(model, plan, plan.sites) is None
-    assert find_edits(model, plan, {}, {}) == Edits((), ("inner:generic",))
+    assert find_edits(model, plan, {}, {}) == Edits((), (), ("inner:generic",))
 
 
 @pytest.mark.parametrize("average", [True, False])
