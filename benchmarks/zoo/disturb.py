@@ -67,6 +67,14 @@ class _Seen:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
+class _Arrived(Exception):  # noqa: N818 - no error: a run is over as soon as it has shown what it was for
+    """A disturbance reached a linear: at which of how many input coordinates; at none where other calls are made."""
+
+    def __init__(self, path: str, columns: tuple[int, ...], width: int) -> None:
+        super().__init__(path)
+        self.path, self.columns, self.width = path, columns, width
+
+
 class Oracle:
     """Disturbs channels of one model on one set of inputs."""
 
@@ -95,18 +103,13 @@ class Oracle:
         return int(weight.shape[1 if isinstance(module, Conv1D) else 0])
 
     def _probe(self, producer: str, channel: int) -> Probe:
-        disturbed = self._run(edit=self._disturb(producer, channel), limit=producer)
-        for (path, before), (other, after) in zip(self.plain.calls, disturbed.calls, strict=False):
-            if path != other or before.shape != after.shape:
-                return Probe(producer, channel, other, (), prunable=False)
-            if path == producer and not self._columns(path, before, after):
-                continue
-            columns = self._columns(path, before, after)
-            if not columns:
-                continue
-            if len(columns) == before.shape[_axis(self.linears[path])]:
-                return Probe(producer, channel, path, columns, prunable=False)
-            return Probe(producer, channel, path, columns, prunable=self._hides(producer, channel, path, columns))
+        """Disturb a channel, stop at the first linear that sees it, and ask whether zeros there would hide it."""
+        try:
+            self._run(edit=self._disturb(producer, channel), limit=producer, stop=True)
+        except _Arrived as arrived:
+            path, columns = arrived.path, arrived.columns
+            hides = 0 < len(columns) < arrived.width and self._hides(producer, channel, path, columns)
+            return Probe(producer, channel, path, columns, prunable=hides)
         return Probe(producer, channel, "", (), prunable=False)
 
     def _columns(self, path: str, before: Tensor, after: Tensor) -> tuple[int, ...]:
@@ -154,10 +157,24 @@ class Oracle:
         edit: Callable[[str, Tensor], Tensor] | None = None,
         limit: str = "",
         zero: tuple[str, tuple[int, ...]] | None = None,
+        *,
+        stop: bool = False,
     ) -> _Seen:
-        """Run the model; edit what one linear returns, and zero coordinates of what another one reads."""
+        """Run the model; edit what one linear returns, and zero coordinates of what another one reads.
+
+        With ``stop``, raise `_Arrived` at the first linear that reads something else than in the plain run.
+        """
         seen = _Seen()
         handles = []
+        plain = iter(self.plain.calls) if stop else iter(())
+
+        def compare(path: str, value: Tensor) -> None:
+            other, expected = next(plain, ("", value))
+            if path != other or expected.shape != value.shape:
+                raise _Arrived(path, (), 0)
+            columns = self._columns(path, expected, value)
+            if columns:
+                raise _Arrived(path, columns, value.shape[_axis(self.linears[path])])
 
         def before(path: str) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -167,7 +184,9 @@ class Oracle:
                     index = torch.tensor(zero[1])
                     value.index_fill_(value.ndim + _axis(module), index, 0)
                     return (value, *args[1:])
-                if zero is None:
+                if stop:
+                    compare(path, value)
+                elif zero is None:
                     seen.calls.append((path, value.detach().clone()))
                 return None
 
