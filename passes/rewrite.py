@@ -196,7 +196,7 @@ def _align_pieces(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None
     along = int(concrete(parameter(old, "dim", 1, 0))) % rank
     for argument in dict.fromkeys(old.all_input_nodes):
         own = cut.labels.values.get(argument)
-        if isinstance(own, Value) and len(own.shape) == rank:
+        if isinstance(own, Value) and len(own.shape) == rank and 0 not in own.shape:  # nothing carries no labels
             _gather(old, new, argument, value, cut, graph, [axis for axis in range(rank) if axis != along])
 
 

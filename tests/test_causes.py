@@ -73,6 +73,14 @@ class Pieces(Attention):
         return super().forward(x, torch.cat([ones, rest], 3))
 
 
+class Half(Attention):
+    """The second part of every head, which is empty, is put behind the first one again."""
+
+    def split(self, x: Tensor) -> Tensor:
+        heads = super().split(x)
+        return torch.cat([heads[..., :E] * 2, heads[..., E:]], -1)
+
+
 class Transformed(Attention):
     """Scores that a Fourier transform over places changes."""
 
@@ -177,6 +185,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "tables that an input looks up": (LookedUp, placed, ATTENTION * 2),
     "a parameter per head": (PerHead, words, ATTENTION),
     "a mask in pieces": (Pieces, words, ATTENTION),
+    "an empty part of every head": (Half, words, ATTENTION),
     "a Fourier transform": (Transformed, words, ("generic 3",)),
     "a type from elsewhere": (Cast, words, ATTENTION),
     "windows": (Unfolded, maps, ("generic 10",)),
