@@ -85,6 +85,7 @@ class Oracle:
         self.plain = self._run()
         self.called = list(dict.fromkeys(path for path, _ in self.plain.calls))
         self._hidden: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = {}
+        self._read: dict[str, bool] = {}
 
     def probe(self, producer: str) -> Probe:
         """Disturb the first channel of a linear, and the middle one if that cannot go: fused weights hold several."""
@@ -134,8 +135,20 @@ class Oracle:
         loud = self._run(edit=self._disturb(producer, channel), limit=producer, zero=key).outputs
         if quiet.keys() != loud.keys():
             return False
-        shapes = all(quiet[name].shape == loud[name].shape for name in quiet)
-        return shapes and not any(bool(self._differs(quiet[name], loud[name]).any()) for name in quiet)
+        return self._same(quiet, loud) and not self._dead(producer, channel)
+
+    def _dead(self, producer: str, channel: int) -> bool:
+        """Tell whether nothing that the model returns depends on a channel: there is nothing to hide."""
+        if producer not in self._read:
+            loud = self._run(edit=self._disturb(producer, channel), limit=producer).outputs
+            self._read[producer] = not self._same(self.plain.outputs, loud)
+        return not self._read[producer]
+
+    def _same(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+        """Tell whether two runs return the same."""
+        if any(first[name].shape != second[name].shape for name in first):
+            return False
+        return not any(bool(self._differs(first[name], second[name]).any()) for name in first)
 
     def _disturb(self, producer: str, channel: int) -> Callable[[str, Tensor], Tensor]:
         """Return an edit of the producer's output: larger than what is there, of both signs."""
@@ -186,7 +199,7 @@ class Oracle:
                     return (value, *args[1:])
                 if stop:
                     compare(path, value)
-                elif zero is None:
+                elif zero is None and edit is None:
                     seen.calls.append((path, value.detach().clone()))
                 return None
 

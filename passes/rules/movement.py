@@ -10,6 +10,7 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Value, axes_of, clusters, compact, merge
 from fxslim.passes.rules.walk import Walk, concrete, fixed, multiple, origin_of, parameter, rule, sizes
+from fxslim.program import hint
 
 MOVES = (
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.transpose", "aten.permute", "aten.t", "aten.slice",
@@ -53,6 +54,9 @@ def split(walk: Walk, node: fx.Node) -> tuple[Value, ...]:
     keywords = {name: concrete(argument) for name, argument in node.kwargs.items()}
     value = walk.value(node.args[0])
     shape = value.shape
+    if "split" in str(node.target) and value.along(int(concrete(parameter(node, "dim", 2, 0)))) is None:
+        made = (tuple(hint(size) for size in part.shape) for part in node.meta["val"])
+        return tuple(Value(own, value.labels, value.origin, value.looked_up) for own in made)
     parts = [_call(node)(labels.expand(shape), *arguments, **keywords) for labels in value.labels]
     shapes = [tuple(part.shape) for part in _call(node)(torch.empty(shape, device="meta"), *arguments, **keywords)]
     pieces = []
@@ -213,10 +217,10 @@ def pad(walk: Walk, node: fx.Node) -> Any:
         return walk.opaque(node, "padding a labelled axis with its own values")
     if any(axes_of(labels) & padded and len(axes_of(labels)) > 1 for labels in value.labels):
         return walk.opaque(node, "padding an axis of several labelled ones")
-    moved = tuple(
-        compact(torch.nn.functional.pad(labels.expand(value.shape), widths, value=CONSTANT)) for labels in value.labels
+    moved = (torch.nn.functional.pad(labels.expand(value.shape), widths, value=CONSTANT) for labels in value.labels)
+    kept = tuple(  # along an axis without labels, what is added goes with the rest
+        compact(own) if axes_of(labels) & padded else labels for own, labels in zip(moved, value.labels, strict=True)
     )
-    kept = tuple(own if axes_of(own) & padded else labels for own, labels in zip(moved, value.labels, strict=True))
     return Value(shape, kept, value.origin, value.looked_up)
 
 
