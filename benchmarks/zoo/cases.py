@@ -183,6 +183,20 @@ def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def says_something(results: Mapping[str, Tensor]) -> bool:
+    """Tell whether some result has finite numbers that are not all the same."""
+    floating = [value.double() for value in results.values() if value.is_floating_point()]
+    return any(len(value[value.isfinite()].unique()) > 1 for value in floating)
+
+
+def unmasked(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs whose masks let everything through."""
+    return {
+        name: torch.ones_like(value) if "mask" in name and isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
     """Turn key/value caches off: their shape follows the heads."""
