@@ -23,12 +23,13 @@ from benchmarks.zoo.disturb import Oracle
 from battery import quiet
 
 QUICK = """
-AlignTextModel CLIPTextModel ClvpForCausalLM CpmAntForCausalLM DecisionTransformerModel DistilBertModel GPT2LMHeadModel LlamaForCausalLM
-MLCDVisionModel MPNetForSequenceClassification MT5EncoderModel Ministral3Model MistralModel MobileNetV1Model ModernBertDecoderModel
-MoshiModel MptModel MraModel MvpForCausalLM NemotronModel NystromformerModel Olmo2Model OpenAIGPTModel Owlv2VisionModel
-PatchTSMixerModel PixioModel ResNetModel RoFormerModel RobertaForCausalLM SeedOssForCausalLM Siglip2TextModel SplinterModel
-StableLmModel T5EncoderModel TextNetBackbone UMT5EncoderModel ViTModel VideoMAEModel VitPoseBackbone XCLIPTextModel
-XGLMForCausalLM XLMRobertaXLForMaskedLM XLMWithLMHeadModel YolosModel
+AlignTextModel CLIPTextModel ClvpForCausalLM CpmAntForCausalLM DecisionTransformerModel DistilBertModel
+GPT2LMHeadModel LlamaForCausalLM MLCDVisionModel MPNetForSequenceClassification MT5EncoderModel Ministral3Model
+MistralModel MobileNetV1Model ModernBertDecoderModel MoshiModel MptModel MraModel MvpForCausalLM NemotronModel
+NystromformerModel Olmo2Model OpenAIGPTModel Owlv2VisionModel PatchTSMixerModel PixioModel ResNetModel RoFormerModel
+RobertaForCausalLM SeedOssForCausalLM Siglip2TextModel SplinterModel StableLmModel T5EncoderModel TextNetBackbone
+UMT5EncoderModel ViTModel VideoMAEModel VitPoseBackbone XCLIPTextModel XGLMForCausalLM XLMRobertaXLForMaskedLM
+XLMWithLMHeadModel YolosModel
 """
 """Classes, one of each family, that take a few seconds each."""
 
