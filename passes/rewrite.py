@@ -127,11 +127,11 @@ def _resize(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph, twin: Mapping
     call = resized(old, cut)
     if call.target is old.target and call.args == old.args and call.kwargs == dict(old.kwargs):
         return
-    source = new.args[0] if isinstance(new.args[0], fx.Node) else None
+    standing = dict(zip(_nodes(old), _nodes(new), strict=True))  # operands may have been gathered
 
     def translate(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
-            return source if argument is old.args[0] and source is not None else twin[argument]
+            return standing.get(argument, twin[argument])
         if isinstance(argument, Scaled):
             return _scaled(argument, new, graph, twin)
         if isinstance(argument, tuple | list):
@@ -141,6 +141,13 @@ def _resize(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph, twin: Mapping
     new.target = call.target
     new.args = tuple(translate(argument) for argument in call.args)
     new.kwargs = {name: translate(argument) for name, argument in call.kwargs.items()}
+
+
+def _nodes(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes among a call's arguments, in their order."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def _scaled(size: Scaled, before: fx.Node, graph: fx.Graph, twin: Mapping[fx.Node, fx.Node]) -> Any:
@@ -172,6 +179,9 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
     if name == "aten.cat":
         _align_pieces(old, new, cut, graph)
         return
+    if name in PER_CHANNEL:
+        _align_channels(old, new, cut, graph, PER_CHANNEL[name])
+        return
     if name in ("aten.stack", "aten.embedding") or moves(old) or name in RESIZES:
         return
     if name in ("aten.baddbmm", "aten.addmm"):
@@ -185,6 +195,23 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
     for argument in old.all_input_nodes:
         if isinstance(cut.labels.values.get(argument), Value):
             _gather(old, new, argument, value, cut, graph, range(len(value.shape)))
+
+
+def _align_channels(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph, operands: Mapping[str, int]) -> None:
+    """Gather what a layer holds for each channel where it keeps more of them: other layers share it."""
+    value = cut.labels.values.get(old)
+    value = value[0] if isinstance(value, tuple) else value
+    if not isinstance(value, Value) or not cut.touches(value):
+        return
+    rank = len(value.shape)
+    axis = rank - 1 if operation(old) == "aten.linear" else min(1, rank - 1)
+    if operation(old) in CONVOLUTIONS:  # of one image, too
+        axis = rank + 1 - len(parameter(old, "weight", 1).meta["val"].shape)
+    letters = "".join("c" if other == axis else "." for other in range(rank))
+    for role, position in operands.items():
+        argument = parameter(old, role, position)
+        if isinstance(argument, fx.Node) and isinstance(cut.labels.values.get(argument), Value):
+            _gather(old, new, argument, value, cut, graph, [axis], ("c", letters))
 
 
 def _align_pieces(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
@@ -219,6 +246,18 @@ def _align_product(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> Non
             _gather(old, new, argument, value, cut, graph, axes, None if term is None else (term, letters[-1]))
 
 
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+_AFFINE = {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}
+PER_CHANNEL: Mapping[str, Mapping[str, int]] = {
+    "aten.linear": {"bias": 2},
+    **{name: {"weight": 1, "bias": 2} for name in CONVOLUTIONS},
+    "aten.batch_norm": _AFFINE,
+    "aten._native_batch_norm_legit_no_training": _AFFINE,
+    "aten.group_norm": {"weight": 2, "bias": 3},
+    "aten.prelu": {"weight": 1},
+    "aten._prelu_kernel": {"weight": 1},
+}
+"""Operands whose first axis is the result's channels, by their positions."""
 BY_INDEX = ("aten.gather", "aten.take_along_dim")
 """Operations whose index has the result's shape: a table of positions, repeated for heads."""
 

@@ -140,6 +140,12 @@ def compare(model: nn.Module, small: nn.Module, plan: Plan, references: Sequence
             "nothing could be compared: the model returned no tensor with elements on these inputs; give "
             "example_inputs that are not empty."
         )
+    floating = [t for reference in references for t in reference.outputs if t.is_floating_point() and t.numel()]
+    if floating and all(bool(t.isnan().all()) for t in floating):
+        raise InputError(
+            "nothing could be compared: everything that the model returns on these inputs is NaN; give example_inputs "
+            "(or weights) with which it computes numbers."
+        )
     return Verification(tuple(differences))
 
 

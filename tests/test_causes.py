@@ -224,6 +224,67 @@ def test_both_forms_compute_what_the_masked_module_does(name: str) -> None:
             assert difference(expected, outputs(form, given)) < 1e-12
 
 
+# What two sites share ------------------------------------------------------------------------------------------------
+
+
+class SharedLayer(nn.Module):
+    """Two feed-forward networks over channels, between whose linears stands one and the same layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(D, 8, 3, padding=1), nn.Conv1d(8, D, 1)
+        self.up2, self.down2 = nn.Conv1d(D, 8, 3, padding=1), nn.Conv1d(8, D, 1)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mT
+        return self.down(self.layer(self.up(x))) + self.down2(self.layer(self.up2(x)))
+
+
+class SharedBias(nn.Module):
+    """Two feed-forward networks whose first linears have one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 8), nn.Linear(8, D)
+        self.up2, self.down2 = nn.Linear(D, 8), nn.Linear(8, D)
+        self.up2.bias = self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(functional.gelu(self.up(x))) + self.down2(functional.gelu(self.up2(x)))
+
+
+def shared_convolution_bias() -> nn.Module:
+    model = SharedLayer(nn.GELU())
+    model.up2.bias = model.up.bias
+    return model
+
+
+SHARED: dict[str, Callable[[], nn.Module]] = {
+    "bias": SharedBias,
+    "bias of a convolution": shared_convolution_bias,
+    "prelu": lambda: SharedLayer(nn.PReLU(8)),
+    "batch norm": lambda: SharedLayer(nn.BatchNorm1d(8)),
+    "group norm": lambda: SharedLayer(nn.GroupNorm(4, 8)),
+    "depthwise convolution": lambda: SharedLayer(nn.Conv1d(8, 8, 3, padding=1, groups=8)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_two_sites_share_is_gathered_at_each(name: str) -> None:
+    """It keeps what one of the two reads; each takes its own part, or the rows stay in place."""
+    model = built(SHARED[name])
+    x = torch.randn(2, S, D, dtype=torch.float64)
+    found = fxslim.inspect(model, (x,))
+    assert len(found.sites) == 2
+    plan = random_plan(model, found.sites, seed=1)
+    for form in (fxslim.slim(model, (x,), plan=plan), fxslim.compile(model, (x,), plan=plan)):
+        for given in (x, torch.randn(3, S + 2, D, dtype=torch.float64)):
+            with fxslim.masked(model, plan):
+                expected = outputs(model, (given,))
+            assert difference(expected, outputs(form, (given,))) < 1e-12
+
+
 # Sizes --------------------------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,16 @@ def test_a_wrong_model_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.compile.outcome == "exact"
 
 
+def test_outputs_that_are_nan_in_float64_are_compared_in_float32() -> None:
+    """NaN equals NaN: whatever a narrowed model computed there would be called right."""
+    assert check.is_void(torch.full((2,), float("nan"))) and not check.is_void(torch.tensor([1.0, float("nan")]))
+    case = case_of("ProphetNetDecoder")
+    row = Row(case.name, case.model)
+    model, inputs, tolerance = check._dense(case, row)
+    assert (row.dtype, tolerance) == ("float32", check.FLOAT32)
+    assert not any(check.is_void(value) for value in outputs(model, inputs).values())
+
+
 # Cases and processes ------------------------------------------------------------------------------------------------
 
 
@@ -194,3 +204,25 @@ def test_the_command_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit):
         main()
     assert "no case is called nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        (None, [], "cannot read the cases"),
+        ('{"name": "x", bad\n', [], "cases.jsonl:1 is no case: JSONDecodeError"),
+        ('\n{"name": "x", "class": "y"}\n', [], "cases.jsonl:2 is no case: KeyError: 'config_class'"),
+        ("", ["--jobs", "0"], "--jobs: at least one"),
+        ("", ["--json", "nowhere/out.json"], "nowhere is no folder"),
+    ],
+)
+def test_the_command_says_what_it_cannot_read(
+    text: str | None, options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cases = tmp_path / "cases.jsonl"
+    if text is not None:
+        cases.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["zoo", "--cases", str(cases), *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert said in capsys.readouterr().err

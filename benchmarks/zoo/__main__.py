@@ -24,6 +24,7 @@ from benchmarks.zoo.cases import CASES, read_cases
 from benchmarks.zoo.check import Row
 from benchmarks.zoo.pool import LIMIT, run_all
 from benchmarks.zoo.table import BEGIN, END, markdown, summary, totals
+from fxslim.errors import InputError
 
 
 def main() -> None:
@@ -39,7 +40,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a case may take")
     parser.add_argument("--json", type=Path, help="where to write the rows as JSON")
     given = parser.parse_args()
-    cases = read_cases(given.cases)
+    if given.jobs < 1:
+        parser.error("--jobs: at least one")
+    if given.json and not given.json.absolute().parent.is_dir():  # hours later is too late to find out
+        parser.error(f"--json: {given.json.parent} is no folder")
+    try:
+        cases = read_cases(given.cases)
+    except InputError as error:
+        parser.error(str(error))
     if given.only:
         wanted = {name for names in given.only for name in names.split(",")}
         cases = [case for case in cases if wanted & {case.name, case.model, str(case)}]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxslim.errors import InputError
 from fxslim.passes.prepare import settle
 
 CASES = Path(__file__).resolve().parent / "cases.jsonl"
@@ -49,9 +50,25 @@ class Case:
 
 
 def read_cases(path: Path = CASES) -> list[Case]:
-    """Read a file of cases, one a line."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [Case(x["name"], x["class"], x["config_class"], x["config"], x["inputs"]) for x in lines]
+    """Read a file of cases, one a line.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no case.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the cases in {path}: {error}") from error
+    cases = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            x = json.loads(line)
+            cases.append(Case(x["name"], x["class"], x["config_class"], x["config"], x["inputs"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number} is no case: {type(error).__name__}: {error}") from error
+    return cases
 
 
 def build(case: Case, dtype: torch.dtype) -> Any:

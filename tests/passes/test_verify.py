@@ -205,3 +205,21 @@ def test_a_model_that_returns_no_tensor_cannot_be_verified() -> None:
     model.finish = small.finish = lambda y: {"nothing": None}
     with pytest.raises(InputError, match="nothing could be compared: the model returned no tensor with elements"):
         fxslim.verify(model, small, plan=small.fxslim.plan, example_inputs=x)
+
+
+def test_nothing_but_nan_is_no_verification() -> None:
+    """NaN equals NaN where the masked model computes it; a model that returns nothing else was not compared."""
+
+    class Nan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).relu()) + (x - x + torch.inf - torch.inf)
+
+    x = (torch.randn(2, 3, 6),)
+    with pytest.raises(InputError, match="is NaN"):
+        fxslim.slim(Nan(), x, ffn=0.5)
+    with pytest.raises(InputError, match="is NaN"):
+        fxslim.compile(Nan(), x, ffn=0.5)
