@@ -144,6 +144,7 @@ def compile(
             heads=heads,
             kv_groups=kv_groups,
             experts=experts,
+            value=value,
             round_to=round_to,
             include=include,
             skip=skip,

@@ -198,3 +198,18 @@ def test_plain_transformers_says_that_the_sizes_differ(folder: Path, tmp_path: P
     run("compile", folder, "--ffn", 0.5, "-o", tmp_path / "small")
     with pytest.raises(RuntimeError, match="size"):
         AutoModel.from_pretrained(tmp_path / "small")
+
+
+def test_every_request_reaches_the_model(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    """No option that does nothing: what is typed is what `slim` is asked for."""
+    asked: dict[str, Any] = {}
+
+    def slim(model: Any, **request: Any) -> Any:
+        asked.update(request)
+        raise fxslim.errors.RequestError("enough")
+
+    monkeypatch.setattr(fxslim, "slim", slim)
+    given = {"ffn": 0.5, "heads": 0.25, "kv-groups": 0.125, "experts": 0.75, "value": 0.375, "round-to": 8}
+    options = [part for name, value in given.items() for part in (f"--{name}", value)]
+    assert run("compile", folder, *options, "-o", tmp_path / "out").exit_code == 1
+    assert {name.replace("-", "_"): value for name, value in given.items()}.items() <= asked.items()
