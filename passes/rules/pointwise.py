@@ -21,7 +21,8 @@ LIKE_POINTWISE = (
     "aten.fill", "aten.masked_fill_", "aten.bernoulli",
     "aten.selu", "aten.celu", "aten.elu", "aten.rrelu", "aten.softplus", "aten.nan_to_num", "aten.addcmul",
     "aten.addcdiv", "aten.lerp", "aten.type", "aten.bool", "aten.int", "aten.long", "aten.double", "aten.bfloat16",
-    "aten.square", "aten.zero", "aten._assert_async",
+    "aten.square", "aten.zero", "aten._assert_async", "aten.multiply", "aten.subtract", "aten.divide",
+    "aten.true_divide",
 )  # fmt: skip
 
 
