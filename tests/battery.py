@@ -44,15 +44,15 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def one_trace_per_model() -> Iterator[None]:
     """Trace each model once: a program is never edited, and tracing is nine tenths of every call."""
-    traced: dict[int, Program] = {}
+    traced: dict[tuple[int, int | None], Program] = {}
 
-    def trace(model: nn.Module, *candidates: Any, filled: frozenset[str]) -> Program:
+    def trace(model: nn.Module, *candidates: Any, filled: frozenset[str], open_axes: int | None = None) -> Program:
         first = id(next(model.parameters()))  # copies that are worked on share the parameters
         if first not in BUILT:
-            return pipelines_trace(model, *candidates, filled=filled)
-        if first not in traced:
-            traced[first] = pipelines_trace(model, *candidates, filled=filled)
-        return traced[first]
+            return pipelines_trace(model, *candidates, filled=filled, open_axes=open_axes)
+        if (first, open_axes) not in traced:
+            traced[first, open_axes] = pipelines_trace(model, *candidates, filled=filled, open_axes=open_axes)
+        return traced[first, open_axes]
 
     pipelines_trace = pipelines.trace
     with pytest.MonkeyPatch.context() as patch:
