@@ -281,7 +281,6 @@ def _narrow(
             raise InputError(f"give either plan= or a request, not both: {sorted(request.asked())} came with a plan.")
     seconds: dict[str, float] = {}
     failed: VerifyError | None = None
-
     regional = False
 
     def clock(before: Facts, step: Pass, after: Facts, spent: float) -> None:
@@ -301,7 +300,7 @@ def _narrow(
             continue
         report = dataclasses.replace(facts.get(Report), seconds=seconds)
         if failed is not None:
-            reason = f"traced with sizes fixed, because with open ones it is wrong at other sizes ({failed.where})"
+            reason = f"traced with sizes fixed: with open ones, other sizes could not be verified ({failed.where})"
             report = dataclasses.replace(report, notes=(*report.notes, Note(where="graph form", reason=reason)))
         return facts.get(lines.Narrowed).module, Record(facts.get(Plan), report)
     assert failed is not None

@@ -27,14 +27,13 @@ from fxslim.plan import (
     leads,
 )
 from fxslim.program import forward_parameters, named_tensors
-from fxslim.spread import Pick, Spread
+from fxslim.spread import CONVOLUTIONS, Pick, Spread
 
 SIZE_ATTRIBUTES = {
     "in": ("in_features", "nx", "in_channels"),
     "out": ("out_features", "nf", "out_channels", "num_features", "num_channels", "embedding_dim"),
 }
 """Integers in which torch's and transformers' own layers repeat the shape of their weight."""
-CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CACHE_SHAPE = "_get_static_cache_init_shape"
 """Method of transformers' models that reads heads and their width off the config, to make caches before the first call;
 None lets them be made at the first call."""

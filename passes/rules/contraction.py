@@ -269,15 +269,21 @@ def mixed(walk: Walk, node: fx.Node, x: Value) -> Value:
     return Value(x.shape, tuple(kept), x.origin, x.looked_up)
 
 
+def _channels(walk: Walk, node: fx.Node, rank: int) -> Value | None:
+    """Return an operand whose places a node mixes, with labels on its channels alone; None where no rule covers it."""
+    x = walk.value(node.args[0])
+    if len(x.shape) != rank:
+        return None
+    x = mixed(walk, node, x)
+    return x if all(axes_of(labels) == {1} for labels in x.labels) else None
+
+
 @rule("aten.im2col")
 def unfold(walk: Walk, node: fx.Node) -> Any:
     """Lay the places of every window out behind each channel: (B, C, H, W) -> (B, C * window, windows)."""
-    x, window = walk.value(node.args[0]), math.prod(concrete(node.args[1]))
-    if len(x.shape) != 4:
-        return walk.opaque(node, f"no rule for {node.target} without a batch axis")
-    x = mixed(walk, node, x)
-    if any(axes_of(labels) != {1} for labels in x.labels):
-        return walk.opaque(node, f"{node.target} over a labelled axis")
+    x, window = _channels(walk, node, 4), math.prod(concrete(node.args[1]))
+    if x is None:
+        return walk.opaque(node, f"{node.target} over a labelled axis, or without a batch axis")
     kept = tuple(labels.reshape(1, -1, 1).repeat_interleave(window, 1) for labels in x.labels)
     return Value(sizes(node), kept, x.origin, x.looked_up)
 
@@ -285,12 +291,9 @@ def unfold(walk: Walk, node: fx.Node) -> Any:
 @rule("aten.col2im")
 def fold(walk: Walk, node: fx.Node) -> Any:
     """Add windows up again: the places of a window go with their channel."""
-    x, window = walk.value(node.args[0]), math.prod(concrete(node.args[2]))
-    if len(x.shape) != 3:
-        return walk.opaque(node, f"no rule for {node.target} without a batch axis")
-    x = mixed(walk, node, x)
-    if any(axes_of(labels) != {1} for labels in x.labels):
-        return walk.opaque(node, f"{node.target} over a labelled axis")
+    x, window = _channels(walk, node, 3), math.prod(concrete(node.args[2]))
+    if x is None:
+        return walk.opaque(node, f"{node.target} over a labelled axis, or without a batch axis")
     tied = [walk.tie_along(labels.reshape(-1, window), [1]) for labels in x.labels]
     return Value(sizes(node), tuple(labels.reshape(1, -1, 1, 1) for labels in tied), x.origin, x.looked_up)
 
