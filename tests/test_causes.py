@@ -111,6 +111,28 @@ class Unfolded(nn.Module):
         return x + self.down(functional.fold(windows, maps.shape[-2:], 2, stride=2))
 
 
+class Sampled(nn.Module):
+    """Deformable attention: every place reads a few points of a map for each head; a map and its points are one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width, self.points = H, E, 2
+        self.offsets, self.weights = nn.Linear(D, H * 2 * self.points), nn.Linear(D, H * self.points)
+        self.value, self.output = nn.Linear(D, H * E), nn.Linear(H * E, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        rows = x.flatten(2).mT
+        value = self.value(rows).transpose(1, 2)
+        value = value.reshape(batch * self.heads, self.width, height, width)
+        grid = self.offsets(rows).tanh().view(batch, -1, self.heads, self.points, 2).transpose(1, 2).flatten(0, 1)
+        read = functional.grid_sample(value, grid, align_corners=False)
+        weights = self.weights(rows).view(batch, -1, self.heads, self.points).softmax(-1)
+        weights = weights.transpose(1, 2).reshape(batch * self.heads, 1, -1, self.points)
+        mixed = (read * weights).sum(-1).view(batch, -1, height * width)
+        return x + self.output(mixed.mT).mT.reshape(x.shape)
+
+
 class Pooled(Attention):
     """Every second place of the keys, by a pool whose other window is one wide."""
 
@@ -189,6 +211,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "a Fourier transform": (Transformed, words, ("generic 3",)),
     "a type from elsewhere": (Cast, words, ATTENTION),
     "windows": (Unfolded, maps, ("generic 10",)),
+    "points of a map": (Sampled, maps, ("generic 12",)),
     "a pool along places": (Pooled, words, ATTENTION),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
     "results that nobody reads": (Unread, maps, ("ffn 10", "ffn 8")),

@@ -298,6 +298,31 @@ def fold(walk: Walk, node: fx.Node) -> Any:
     return Value(sizes(node), tuple(labels.reshape(1, -1, 1, 1) for labels in tied), x.origin, x.looked_up)
 
 
+@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def sample(walk: Walk, node: fx.Node) -> Any:
+    """Read the places of (B, C, *places) at (B, *points, coordinates): channels pass, a map goes with its points."""
+    maps, points = walk.value(node.args[0]), walk.value(node.args[1])
+    rank = len(maps.shape)
+    kept = []
+    for value, mixes in ((maps, range(2, rank)), (points, range(rank - 1, rank))):
+        own = []
+        for labels in value.labels:
+            if axes_of(labels) <= set(mixes):
+                walk.relations.pin(labels, walk.relations.pin_label(f"{node.target} reads places by data", node.name))
+            else:
+                own.append(walk.tie_along(labels, mixes))
+        kept.append(tuple(own))
+    read = tuple(labels.movedim(-1, 1) for labels in kept[1])
+    shape = sizes(node)
+    return walk.join(
+        [
+            Value((*maps.shape[:2], *(1,) * (rank - 2)), kept[0], maps.origin, maps.looked_up),
+            Value((shape[0], 1, *shape[2:]), read, points.origin, points.looked_up),
+        ],
+        shape,
+    )
+
+
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
 def convolution(walk: Walk, node: fx.Node) -> Any:
     """Contract the channel axis; a depthwise convolution is pointwise in its channels."""
