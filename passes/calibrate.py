@@ -1,0 +1,141 @@
+"""The pass that chooses and repairs on calibration data, and the model with repaired weights that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fxslim.calibration import Calibration
+from fxslim.count import macs, parameters, weight_bytes
+from fxslim.errors import UnsupportedModelError
+from fxslim.passes.annotate import Labels
+from fxslim.passes.choose import FFN, Choice, Request, choose, select
+from fxslim.passes.fitting.budget import Price
+from fxslim.passes.fitting.fit import Fit, Recipe, fit
+from fxslim.passes.pipelines import INSPECT, Subject, cut_of, new_plan
+from fxslim.passes.rewrite import example_macs_graph
+from fxslim.passes.sites import Sites
+from fxslim.pipeline import Facts, Pipeline
+from fxslim.plan import Note, Plan, Site, SitePlan
+from fxslim.program import Program
+from fxslim.sharing import share
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A model like the dense one, with repaired weights at the consumers; it shares all others.
+
+    Attributes:
+        model: the model.
+        changed: names of the tensors that are its own.
+        fits: what was done, site by site.
+        tokens: how many tokens were looked at.
+    """
+
+    model: nn.Module
+    changed: frozenset[str]
+    fits: tuple[Fit, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Choose what goes on calibration data. Ensures: a plan, and a model whose masked form was repaired.
+
+    Attributes:
+        request: fractions, globs.
+        recipe: how to choose and repair.
+        data: calibration data, or None.
+        progress: whether to show a progress bar.
+    """
+
+    request: Request
+    recipe: Recipe
+    data: Calibration | None
+    progress: bool = False
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites)
+    ensures: ClassVar[tuple[type, ...]] = (Plan, Repaired)
+
+    def run(self, facts: Facts) -> Facts:
+        """Choose and repair."""
+        model, program, labels = facts.get(Subject).model, facts.get(Program), facts.get(Labels)
+        sites = facts.get(Sites)
+        if program.regions:
+            raise UnsupportedModelError(
+                "this model cannot be traced as a whole, and calibration data flows through the whole graph; leave "
+                "calibration=, target= and method= out to choose by magnitude."
+            )
+        if any(tensor.device.type == "meta" for tensor in program.tensors.values()):
+            raise UnsupportedModelError("the weights are on meta: choosing by data needs them.")
+        choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused)
+        reached = [site for site in select(sites.sites, self.request)[0] if _reached(site)]
+        asked = {part.site.name: part for part in choice.sites}
+        if not self.recipe.targets:
+            reached = [site for site in reached if site.name in asked]
+
+        def count(parts: tuple[SitePlan, ...]) -> int:
+            return macs(example_macs_graph(program, cut_of(labels, sites, parts))).total
+
+        made = fit(program, reached, self.recipe, self.data, _price(model, program, count), asked,
+                   progress=self.progress)  # fmt: skip
+        notes = (*(() if self.recipe.targets else choice.notes), *made.notes, *_weak(self.recipe, self.data))
+        plan = new_plan(model, Choice(made.parts, notes), self.request)
+        plan = plan.model_copy(update={"requested": {**plan.requested, **requested(self.recipe)}})
+        tokens = self.data.tokens if self.data is not None else 0
+        changed = frozenset(made.tensors)
+        return facts.adding(plan, Repaired(_with(model, made.tensors), changed, made.fits, tokens))
+
+
+def requested(recipe: Recipe) -> dict[str, str | tuple[str, ...]]:
+    """Return what was asked of the choice, for the plan."""
+    asked: dict[str, str | tuple[str, ...]] = {"method": recipe.method}
+    return asked | ({"target": tuple(map(str, recipe.targets))} if recipe.targets else {})
+
+
+def calibrating(request: Request, recipe: Recipe, data: Calibration | None, *, progress: bool = False) -> Pipeline:
+    """Return the pipeline that chooses and repairs."""
+    return Pipeline((*INSPECT, Calibrate(request, recipe, data, progress)), given=(Subject,))
+
+
+def _reached(site: Site) -> bool:
+    return site.kind in (*FFN, "attention", "experts") or site.of_values
+
+
+def _price(model: nn.Module, program: Program, count: object) -> Price:
+    own = [tensor for name, tensor in program.tensors.items() if name not in program.constants]
+    known = sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in own)
+    return Price(program, count, (parameters(model) - known, weight_bytes(model) - size))  # type: ignore[arg-type]
+
+
+def _weak(recipe: Recipe, data: Calibration | None) -> tuple[Note, ...]:
+    if data is not None:
+        return ()
+    reason = f"chosen by {recipe.method} without calibration data: the weak choice; give calibration= for a better one"
+    return (Note(where="method", reason=reason),)
+
+
+def _with(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a copy of a model that shares its tensors but for these."""
+    copied = share(model) if tensors else model
+    put(copied, tensors)
+    return copied
+
+
+def put(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a model other tensors, under each of their names."""
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    made: dict[int, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        old = named[name]
+        made[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for leaf, old in table.items():
+                if old is not None and id(old) in made:
+                    table[leaf] = made[id(old)]  # type: ignore[assignment]

@@ -1,0 +1,150 @@
+"""One budget over all sites: which level each takes so that the damage is least and every limit holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from fxslim.errors import RequestError
+from fxslim.plan import Site, SitePlan, leads, removed_rows
+from fxslim.program import Program
+from fxslim.targets import Target
+
+MOST_LEVELS = 48
+ROUNDS = 8
+GAP = 1e-4
+"""Relative distance from the best allocation at which the search stops."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One size that a site may take.
+
+    Attributes:
+        groups: whether whole groups go, or single units.
+        steps: how many steps of that curve.
+        damage: expected damage to the model's output.
+        costs: what it costs of every resource.  (resources,)
+    """
+
+    groups: bool
+    steps: int
+    damage: float
+    costs: np.ndarray
+
+
+def allocate(levels: Sequence[Sequence[Level]], limits: Sequence[float]) -> list[int]:
+    """Choose one level for every site: least damage within all limits, a multiple-choice knapsack.
+
+    Args:
+        levels: the levels of every site; costs are what the site adds.
+        limits: what all sites together may cost of each resource.
+
+    Returns:
+        The chosen level of every site.
+
+    Raises:
+        RequestError: even the smallest levels cost more.
+    """
+    damage = np.array([level.damage for own in levels for level in own])
+    costs = np.array([level.costs for own in levels for level in own], dtype=float).reshape(len(damage), len(limits))
+    owner = np.repeat(np.arange(len(levels)), [len(own) for own in levels])
+    scale = np.maximum(np.abs(np.asarray(limits, dtype=float)), 1e-30)
+    one = csr_matrix((np.ones(len(damage)), (owner, np.arange(len(damage)))))
+    found = milp(
+        damage / max(float(damage.max(initial=0.0)), 1e-300),
+        integrality=np.ones(len(damage)),
+        bounds=(0, 1),
+        constraints=[
+            LinearConstraint(one, 1, 1),
+            LinearConstraint((costs / scale).T, -np.inf, np.asarray(limits) / scale),
+        ],
+        options={"mip_rel_gap": GAP, "time_limit": 60},
+    )
+    if found.x is None:
+        raise RequestError("the budget cannot be reached: not even the smallest sizes of all sites are small enough.")
+    starts = np.concatenate([[0], np.cumsum([len(own) for own in levels])])
+    return [int(np.argmax(found.x[a:b])) for a, b in pairwise(starts)]
+
+
+def level_steps(count: int, multiple: int) -> list[int]:
+    """Return numbers of steps, from none up to ``count``: at most 48, apart by multiples where there are more."""
+    every = max(multiple, 1)
+    while count // every > MOST_LEVELS:
+        every *= 2
+    return sorted({*range(0, count + 1, every)})
+
+
+@dataclass(frozen=True)
+class Price:
+    """Counts what a model costs after site plans.
+
+    Attributes:
+        program: the traced model.
+        count_macs: MACs after site plans, at the traced sizes.
+        outside: parameters and bytes of the model that the program does not hold.
+    """
+
+    program: Program
+    count_macs: Callable[[tuple[SitePlan, ...]], int]
+    outside: tuple[int, int] = (0, 0)
+
+    def of(self, resource: str, parts: Sequence[SitePlan]) -> float:
+        """Return what is left of a resource."""
+        if resource == "macs":
+            return float(self.count_macs(tuple(parts)))
+        sizes = _sizes(self.program, parts)
+        if resource == "params":
+            own = sum(n for name, n in sizes.items() if isinstance(self.program.tensors[name], torch.nn.Parameter))
+            return float(own + self.outside[0])
+        return float(sum(n * self.program.tensors[name].element_size() for name, n in sizes.items()) + self.outside[1])
+
+
+def _sizes(program: Program, parts: Sequence[SitePlan]) -> Mapping[str, int]:
+    """Return the number of elements of every tensor that is the model's, after site plans."""
+    shapes = {name: list(t.shape) for name, t in program.tensors.items() if name not in program.constants}
+    lead = leads(parts)
+    for (name, dim), gone in removed_rows(parts).items():
+        if name in shapes:
+            experts = gone.shape[0] if (name, dim) in lead else 1
+            shapes[name][dim] -= int(gone.sum()) // experts
+    return {name: int(np.prod(shape)) for name, shape in shapes.items()}
+
+
+Found = Callable[[Sequence[float]], tuple[SitePlan, ...]]
+
+
+def within(price: Price, wanted: Sequence[Target], choose: Found) -> tuple[SitePlan, ...]:
+    """Return chosen site plans that hold every limit exactly; costs of sites do not quite add up.
+
+    Args:
+        price: counts.
+        wanted: the targets, none of time.
+        choose: site plans for what all sites together may leave, as parts of the limits.
+
+    Raises:
+        RequestError: the budget cannot be reached.
+    """
+    dense = [price.of(one.resource, ()) for one in wanted]
+    limits = [one.limit(whole) for one, whole in zip(wanted, dense, strict=True)]
+    asked = list(limits)
+    parts: tuple[SitePlan, ...] = ()
+    for _ in range(ROUNDS):
+        parts = choose(asked)
+        left = [price.of(one.resource, parts) for one in wanted]
+        if all(have <= limit * (1 + 1e-9) for have, limit in zip(left, limits, strict=True)):
+            return parts
+        asked = [ask - max(have - limit, 0.0) * 1.05 for ask, have, limit in zip(asked, left, limits, strict=True)]
+    raise RequestError(f"no sizes were found that hold {', '.join(map(str, wanted))}.")
+
+
+def slopes(price: Price, site: Site, keep: Sequence[int], steps: int, resources: Sequence[str]) -> np.ndarray:
+    """Return what a site saves of each resource with every step, from what it saves with ``steps`` of them."""
+    part = (SitePlan(site=site, keep=tuple(keep)),)
+    return np.array([(price.of(name, ()) - price.of(name, part)) / steps for name in resources])

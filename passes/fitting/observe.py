@@ -1,0 +1,183 @@
+"""Look at consumers while the calibration data flows: sums of what they read, gradients of their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxslim.calibration import Batch
+from fxslim.passes.fitting.consumers import Call, Consumer
+from fxslim.passes.fitting.moments import Sums
+from fxslim.passes.fitting.outputs import loss
+from fxslim.passes.fitting.tape import Tape
+from fxslim.program import Program
+
+JUDGE = 5
+"""Every fifth sequence judges what was fitted on the others."""
+CHUNK = 64
+"""Tokens that go together where there are few sequences."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a value count, and which of them judge.
+
+    Attributes:
+        batches: the batches.
+        second: nodes that belong to a decoder beside an encoder: its own mask counts there.
+    """
+
+    batches: Sequence[Batch]
+    second: frozenset[fx.Node]
+
+    def mask(self, node: fx.Node, batch: int) -> Tensor | None:
+        """Return which tokens count in a node's value.  (B, S)"""
+        name = "decoder_attention_mask" if node in self.second else "attention_mask"
+        mask = self.batches[batch].inputs.get(name)
+        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def of(self, node: fx.Node, batch: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return which of ``count`` rows count, and which of those judge.  (rows,), (counting rows,) bool"""
+        mask = self.mask(node, batch)
+        counts = torch.ones(count, dtype=torch.bool, device=device)
+        sequences = _first(self.batches[batch])
+        if mask is not None and mask.numel() == count:
+            counts = mask.reshape(-1).bool().to(device)
+        places = torch.arange(count, device=device)
+        total = sum(_first(one) for one in self.batches)
+        if total >= 2 * JUDGE and sequences and count % sequences == 0:
+            before = sum(_first(one) for one in self.batches[:batch])
+            number = before + places // (count // sequences)
+        else:
+            number = places // CHUNK if count >= JUDGE * CHUNK else places
+        return counts, (number % JUDGE == JUDGE - 1)[counts]
+
+
+def _first(batch: Batch) -> int:
+    sizes = [value.shape[0] for value in batch.inputs.values() if isinstance(value, Tensor) and value.ndim]
+    return sizes[0] if sizes else 0
+
+
+def rows_of(program: Program, batches: Sequence[Batch]) -> Rows:
+    """Return which rows count in a program's values."""
+    second: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        own = node.op == "placeholder" and node.name in program.inputs and node.name.startswith("decoder_")
+        if own or any(read in second for read in node.all_input_nodes):
+            second.add(node)
+    return Rows(batches, frozenset(second))
+
+
+def flat(value: Tensor, axis: int) -> Tensor:
+    """Return rows of channels.  (..., channels, ...) -> (rows, channels)"""
+    moved = value.movedim(axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def sums(tape: Tape, consumer: Consumer, rows: Rows, dense: Tape | None, outputs: int) -> Sums:
+    """Add up what a consumer reads over all its calls; both tapes stand at its first call afterwards.
+
+    With a dense tape, the targets are what brings the residual stream back to the dense model's:
+    ``x W + [(h_dense + x_dense W) - (h + x W)]`` (KPrune, Park et al. 2024, section 4.2); where no residual stream can
+    be seen, what the dense model computes there. Without one there are no targets.
+    """
+    first = consumer.calls[0].node
+    tape.advance(first)
+    if dense is not None:
+        dense.advance(first)
+    ahead = tape.fork() if len(consumer.calls) > 1 else tape
+    beside = dense.fork() if dense is not None and len(consumer.calls) > 1 else dense
+    weight = tape.tensors[consumer.weight]
+    total = Sums(weight.shape[consumer.dim], outputs, weight.device)
+    for call in sorted(consumer.calls, key=lambda call: tape.place(call.node)):
+        ahead.advance(call.node)
+        if beside is not None:
+            beside.advance(call.node)
+        for batch in range(len(ahead.values)):
+            x, t = _pair(ahead, beside, call, batch)
+            counts, judged = rows.of(call.node, batch, len(x), x.device)
+            total.add(x[counts], t[counts], judged)
+    total.share()
+    return total
+
+
+def _pair(tape: Tape, dense: Tape | None, call: Call, batch: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of one call."""
+    x = flat(tape.values[batch][call.input], call.axis)
+    if dense is None:
+        return x, x[:, :0]
+    wanted = flat(dense.peek(call.node, batch), call.axis)
+    if call.residual is not None and tape.holds(call.residual) and dense.holds(call.residual):
+        mine = flat(tape.values[batch][call.residual], call.axis)
+        theirs = flat(dense.values[batch][call.residual], call.axis)
+        if mine.shape == wanted.shape:
+            wanted = wanted + (theirs - mine)
+    return x, wanted
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of a site's masks over samples: mean absolute value and mean square.  (units,) each"""
+
+    first: np.ndarray
+    second: np.ndarray
+
+
+def gradients(
+    tape: Tape, reads: Mapping[str, tuple[int, Sequence[Consumer]]], rows: Rows, *, seed: int
+) -> Iterator[tuple[str, Gradients]]:
+    """Differentiate the loss of every sample by the mask of every unit.
+
+    Args:
+        tape: the dense model, at its start.
+        reads: site -> number of units, consumers.
+        rows: which rows count.
+        seed: for what is drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    read: dict[fx.Node, fx.Node] = {}
+    place: dict[fx.Node, tuple[str, Consumer, Call]] = {}
+    for name, (_, own) in reads.items():
+        for consumer in own:
+            for call in consumer.calls:
+                read[call.node], place[call.node] = call.input, (name, consumer, call)
+    first = {name: torch.zeros(units, dtype=torch.float64) for name, (units, _) in reads.items()}
+    second = {name: torch.zeros(units, dtype=torch.float64) for name, (units, _) in reads.items()}
+    count = torch.zeros(1, dtype=torch.float64)
+    for batch, given in enumerate(rows.batches):
+        samples = max(_first(given), 1)
+        masks = {name: torch.ones(samples, units, requires_grad=True) for name, (units, _) in reads.items()}
+
+        def masked(node: fx.Node, value: Tensor, masks: Mapping[str, Tensor] = masks) -> Tensor:
+            name, consumer, call = place[node]
+            return _masked(value, masks[name], consumer, call.axis)
+
+        with torch.enable_grad():
+            output = tape.finish(batch, masked, read)
+            own_loss = loss(output, rows.mask(list(tape.nodes)[-1], batch), given.labels, generator)
+            found = torch.autograd.grad(own_loss, list(masks.values()), allow_unused=True)
+        for name, gradient in zip(masks, found, strict=True):
+            if gradient is not None:
+                first[name] += gradient.double().abs().sum(0)
+                second[name] += gradient.double().square().sum(0)
+        count += samples
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in (count, *first.values(), *second.values()):
+            torch.distributed.all_reduce(tensor)
+    for name in reads:
+        yield name, Gradients((first[name] / count).numpy(), (second[name] / count).numpy())
+
+
+def _masked(value: Tensor, mask: Tensor, consumer: Consumer, axis: int) -> Tensor:
+    """Multiply what a consumer reads by its units' masks, each sample by its own."""
+    owner = torch.from_numpy(consumer.owner)
+    whole = torch.where(owner >= 0, mask[:, owner.clamp_min(0)], 1.0).to(value)  # (samples, in)
+    moved = value.movedim(axis, -1)
+    if moved.shape[0] % len(mask):
+        return (moved * whole.mean(0)).movedim(-1, axis)
+    grouped = moved.reshape(len(mask), -1, moved.shape[-1]) * whole[:, None]
+    return grouped.reshape(moved.shape).movedim(-1, axis)

@@ -1,0 +1,76 @@
+"""What a model's output is, how far two of them are apart, and a loss that needs no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits")
+
+
+def divergence(dense: Any, other: Any, mask: Tensor | None) -> tuple[float, float]:
+    """Return how far an output is from the dense model's, as a sum and what to divide it by.
+
+    Logits: the Kullback-Leibler divergence KL(dense || other), and the number of distributions. Anything else: the
+    squared difference, and the square of the dense output. Padding does not count.
+
+    Args:
+        dense: output of the dense model.
+        other: output of the other.
+        mask: 1 where a token counts, or None.  (B, S)
+    """
+    total = weight = 0.0
+    for name, first in main(dense).items():
+        second = main(other)[name]
+        rows, others = _rows(first, mask).double(), _rows(second, mask).double()
+        if name in LOGITS:
+            own = functional.log_softmax(rows, dim=-1)
+            apart = functional.kl_div(functional.log_softmax(others, dim=-1), own, log_target=True, reduction="sum")
+            total, weight = total + float(apart), weight + len(rows)
+        else:
+            total, weight = total + float((rows - others).square().sum()), weight + float(rows.square().sum())
+    return total, weight
+
+
+def loss(output: Any, mask: Tensor | None, labels: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Return the loss of a batch, summed over samples: its mask gradients, squared, are the Fisher information.
+
+    Class labels are used where a batch holds them. Otherwise they are drawn from the model's own distribution (the
+    true Fisher, Kunstner et al. 2019), or, for outputs that are no logits, the loss is their product with noise.
+    """
+    total = torch.zeros(())
+    for name, value in main(output).items():
+        rows = _rows(value, mask)
+        if name not in LOGITS:
+            noise = torch.randn(rows.shape, generator=generator).to(rows)
+            total = total.to(rows) + (rows * noise).sum()
+            continue
+        given = labels.get("labels", labels.get("label"))
+        drawn = torch.multinomial(rows.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        wanted = given if given is not None and given.shape == rows.shape[:-1] else drawn
+        total = total.to(rows) + functional.cross_entropy(rows, wanted.to(rows.device).long(), reduction="sum")
+    return total
+
+
+def main(output: Any) -> dict[str, Tensor]:
+    """Return the parts of an output that matter: its logits, or else the first tensor of floating-point numbers."""
+    if isinstance(output, Mapping):
+        logits = {name: output[name] for name in LOGITS if isinstance(output.get(name), Tensor)}
+        if logits:
+            return logits
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
+            return {"": leaf}
+    return {}
+
+
+def _rows(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the last axis of every token that counts.  (..., channels) -> (rows, channels)"""
+    if mask is not None and value.ndim >= 3 and value.shape[:2] == mask.shape:
+        return value[mask.bool()].reshape(-1, value.shape[-1])
+    return value.reshape(-1, value.shape[-1])

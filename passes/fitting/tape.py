@@ -1,0 +1,144 @@
+"""Run a traced graph on many batches side by side, step by step, holding only what is still to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxslim.passes.annotate import ASSERTIONS, operation
+from fxslim.program import Program
+
+Intercept = Callable[[fx.Node, torch.Tensor], torch.Tensor]
+"""Takes a node and the value it is about to multiply, returns what it multiplies instead."""
+
+
+class Tape:
+    """One program on a list of batches, all at the same place in the graph.
+
+    Memory: what later operations read (hidden states and masks, between two layers), for every batch.
+
+    Args:
+        program: the program; not one of regions.
+        batches: keyword inputs, each with the structure of the traced example.
+        tensors: canonical tensor name -> tensor; read when an operation is run, so that it may change on the way.
+    """
+
+    def __init__(
+        self, program: Program, batches: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.program, self.tensors = program, tensors
+        self.nodes = [n for n in _needed(program.graph) if n.op != "placeholder"]
+        self.values: list[dict[fx.Node, Any]] = [self._inputs(batch) for batch in batches]
+        self.at = 0
+        self._place = {node: i for i, node in enumerate(self.nodes)}
+        kept = set(self.nodes)
+        self._last = {
+            node: max((self._place[user] for user in node.users if user in kept), default=-1)
+            for node in program.graph.nodes
+        }
+        self._ends: dict[int, list[fx.Node]] = {}
+        for node, last in self._last.items():
+            self._ends.setdefault(last, []).append(node)
+
+    def fork(self) -> Tape:
+        """Return a second tape at the same place; running one leaves the other where it is."""
+        other = object.__new__(Tape)
+        other.__dict__.update(self.__dict__)
+        other.values = [dict(values) for values in self.values]
+        return other
+
+    def on(self, batches: Sequence[int]) -> Tape:
+        """Return a fork with some of the batches only."""
+        other = self.fork()
+        other.values = [other.values[i] for i in batches]
+        return other
+
+    def place(self, node: fx.Node) -> int:
+        """Return a node's place in the order of execution."""
+        return self._place[node]
+
+    def reaches(self, node: fx.Node) -> bool:
+        """Tell whether a node is part of what the outputs need."""
+        return node in self._place
+
+    @torch.no_grad()
+    def advance(self, until: fx.Node) -> None:
+        """Run everything before a node, on every batch."""
+        end = self._place[until]
+        for i in range(self.at, end):
+            for values in self.values:
+                self._step(self.nodes[i], values)
+                for dead in self._ends.get(i, ()):
+                    values.pop(dead, None)
+        self.at = max(self.at, end)
+
+    def holds(self, node: fx.Node) -> bool:
+        """Tell whether a node's value is there now."""
+        return all(node in values for values in self.values)
+
+    @torch.no_grad()
+    def peek(self, node: fx.Node, batch: int) -> Any:
+        """Return what a node computes from what is there, without going on."""
+        return self._compute(node, self.values[batch])
+
+    @torch.no_grad()
+    def outputs(self, batch: int) -> Any:
+        """Run one batch to its end and return the outputs as the model returns them; the tape stays where it is."""
+        return self.finish(batch)
+
+    def finish(
+        self, batch: int, intercept: Intercept | None = None, read: Mapping[fx.Node, fx.Node] | None = None
+    ) -> Any:
+        """Run one batch to its end, with gradients where they are enabled.
+
+        Args:
+            batch: which.
+            intercept: called with a node and what it reads, for the nodes of ``read``.
+            read: node -> the operand of it that is intercepted.
+        """
+        values = dict(self.values[batch])
+        for i in range(self.at, len(self.nodes)):
+            node = self.nodes[i]
+            if node.op == "output":
+                leaves = fx.map_arg(node.args[0], lambda n: self._value(n, values))
+                return pytree.tree_unflatten(list(leaves), self.program.call.out_spec)
+            if intercept is not None and read and node in read:
+                held = self._value(read[node], values)
+                values[node] = self._compute(node, {**values, read[node]: intercept(node, held)})
+            else:
+                self._step(node, values)
+            for dead in self._ends.get(i, ()):
+                values.pop(dead, None)
+        raise AssertionError("a graph ends in its output")
+
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[fx.Node, Any]:
+        example = {name: batch.get(name, value) for name, value in self.program.call.example.items()}
+        leaves, _ = pytree.tree_flatten(example)
+        nodes = {node.name: node for node in self.program.graph.find_nodes(op="placeholder")}
+        return {nodes[name]: leaf for name, leaf in zip(self.program.inputs, leaves, strict=True)}
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        name = self.program.tensor_name(node)
+        return values[node] if name is None or node in values else self.tensors[name]
+
+    def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, values))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        if node.op == "call_function":
+            values[node] = self._compute(node, values)
+
+
+def _needed(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that the outputs depend on, in order; assertions are left out."""
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        asserts = node.op == "call_function" and operation(node) in ASSERTIONS
+        if not asserts and (node.op == "output" or any(user in needed for user in node.users)):
+            needed.add(node)
+    return [node for node in graph.nodes if node in needed]

@@ -1,0 +1,118 @@
+"""Optimal brain surgeon by units: what the sum loses when the other units make up for the one that goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxslim.passes.fitting.curve import Curve, Items
+from fxslim.passes.fitting.refit import factor, scale
+from fxslim.passes.fitting.seen import Read, Seen
+
+DAMPING = 0.01
+STEP = 32
+"""Single channels that go before all are scored again."""
+REFACTOR = 8
+"""The inverse is computed anew whenever an eighth of the inputs is gone."""
+
+
+def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int = STEP) -> Curve:
+    """Take out the unit with the smallest ``tr(W_gᵀ ([H⁻¹]_gg)⁻¹ W_g)``, let the others make up for it, and so on.
+
+    ZipLM (Kurtic et al. 2023, section 3.1) and OSSCAR (Meng et al. 2024), with ``H = E[x xᵀ] + rI``. Of several
+    consumers, the scores add up. ``W`` is first fitted to the targets.
+
+    Args:
+        seen: the site.
+        items: what may go.
+        damping: ``r``, relative to the mean second moment.
+        step: how many channels of one input each go before scores are computed again.
+    """
+    reads = [_Surgery(read, items, damping) for read in seen.reads]
+    if not reads:
+        raise ValueError(f"{seen.site.name}: nothing was seen of its consumers")
+    alive = [own.copy() for own in items.classes]
+    count = min(len(own) for own in alive) - items.least
+    many = step if len(alive) == 1 and all(read.width == 1 for read in reads) else 1
+    steps: list[tuple[int, ...]] = []
+    damage = [0.0]
+    while len(steps) < count:
+        now = min(many, count - len(steps))
+        scores = sum(read.scores() for read in reads)
+        picked = [own[np.argsort(scores[own], kind="stable")[:now]] for own in alive]  # type: ignore[index]
+        alive = [own[~np.isin(own, gone)] for own, gone in zip(alive, picked, strict=True)]
+        lost = sum(read.remove(np.concatenate(picked)) for read in reads)
+        own_scores = np.array([sum(scores[gone[i]] for gone in picked) for i in range(now)])  # type: ignore[index]
+        share = own_scores / own_scores.sum() if own_scores.sum() > 0 else np.full(now, 1 / now)
+        for i in range(now):
+            steps.append(tuple(sorted(unit for gone in picked for unit in items.units[gone[i]])))
+            damage.append(damage[-1] + float(lost * share[i]))
+    whole = sum(read.whole for read in reads)
+    return Curve(tuple(steps), np.array(damage) / max(whole, 1e-300))
+
+
+@dataclass
+class _Surgery:
+    """The state of one consumer: the inverse of its damped second moments, and its weights as they adapt."""
+
+    read: Read
+    items: Items
+    damping: float
+
+    def __post_init__(self) -> None:
+        moments = self.read.moments
+        ridge = self.damping * scale(moments)
+        size = len(moments.xx)
+        eye = torch.eye(size, dtype=moments.xx.dtype, device=moments.xx.device)
+        self.inner = (moments.xx + moments.xx.T) / 2 + ridge * eye
+        self.start = torch.cholesky_solve(moments.xt + ridge * self.read.weight, factor(self.inner, 0.0))
+        self.pull = self.inner @ self.start
+        self.weight = self.start.clone()
+        self.inverse = torch.cholesky_inverse(factor(self.inner, 0.0))
+        self.whole = max(float((self.start * (self.inner @ self.start)).sum()), 1e-300)
+        columns = [torch.from_numpy(self.read.consumer.columns(units)).to(eye.device) for units in self.items.units]
+        self.columns = columns
+        widths = {len(own) for own in columns}
+        self.width = widths.pop() if len(widths) == 1 else 0
+        self.left = torch.ones(size, dtype=torch.bool, device=eye.device)
+        self.fresh = size
+
+    def scores(self) -> np.ndarray:
+        """Return what each item would cost now; infinite for those that are gone.  (items,)"""
+        if self.width == 1:
+            at = torch.cat(self.columns)
+            found = self.weight[at].square().sum(1) / self.inverse.diagonal()[at]
+            return torch.where(self.left[at], found, torch.inf).cpu().numpy()
+        return np.array([self._cost(own) if len(own) and bool(self.left[own[0]]) else np.inf for own in self.columns])
+
+    def _cost(self, columns: Tensor) -> float:
+        block, weight = self.inverse[columns][:, columns], self.weight[columns]
+        return float((weight * torch.linalg.solve(block, weight)).sum())
+
+    def remove(self, items: np.ndarray) -> float:
+        """Take items out; return what that costs."""
+        gone = torch.cat([self.columns[int(item)] for item in items])
+        block = self.inverse[gone][:, gone]
+        update = torch.linalg.solve(block, torch.cat([self.inverse[gone], self.weight[gone]], dim=1))
+        rows, weights = update.split([self.inverse.shape[1], self.weight.shape[1]], dim=1)
+        cost = float((self.weight[gone] * weights).sum())
+        across = self.inverse[:, gone]
+        self.weight -= across @ weights
+        self.inverse -= across @ rows
+        self.left[gone] = False
+        self.inverse[gone], self.inverse[:, gone], self.weight[gone] = 0.0, 0.0, 0.0
+        left = int(self.left.sum())
+        if left and left <= self.fresh - max(len(self.left) // REFACTOR, 1):
+            self._refresh()
+            self.fresh = left
+        return cost
+
+    def _refresh(self) -> None:
+        """Compute the inverse and the weights of what is left anew, so that rounding does not add up."""
+        at = self.left.nonzero()[:, 0]
+        lower = factor(self.inner[at][:, at], 0.0)
+        self.inverse[at[:, None], at] = torch.cholesky_inverse(lower)
+        self.weight[at] = torch.cholesky_solve(self.pull[at], lower)
