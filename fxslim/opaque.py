@@ -99,11 +99,13 @@ class Opaque:
         return [tensor.contiguous() for tensor in made]
 
 
-@torch.library.register_fake("fxslim::opaque", lib=LIBRARY)
 def _shapes(given: list[torch.Tensor], call: str) -> list[torch.Tensor]:
     """Return tensors of the shapes that a call returns."""
     results = _TRACED[call].results
     return [torch.empty(one.shape(given), dtype=one.dtype, device=one.device) for one in results]
+
+
+torch.library.register_fake("fxslim::opaque", _shapes, lib=LIBRARY)
 
 
 @contextmanager
@@ -157,13 +159,18 @@ def _marked(path: str, leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _like(path: str, arguments: Mapping[str, Any], recorded: Sequence[Call]) -> Call:
-    """Return the recorded call that is like a traced one."""
-    found = [call for call in recorded if _look(call.arguments) == _look(arguments)]
+    """Return the recorded call that is like a traced one, but for yes-or-no arguments where there is none."""
+    exactly = [call for call in recorded if _look(call.arguments) == _look(arguments)]
+    found = exactly or [call for call in recorded if _look(_no_bools(call.arguments)) == _look(_no_bools(arguments))]
     if not found:
         raise TraceError(f"{path} is called in another way than when the model ran")
     if any(call.returned != found[0].returned for call in found):
         raise TraceError(f"what {path} returns differs from call to call")
     return found[0]
+
+
+def _no_bools(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if type(value) is not bool}
 
 
 def _look(tree: Any) -> Any:
@@ -209,6 +216,19 @@ def without_tensors(program: Program, parts: Iterable[str]) -> Program:
             program.graph.erase_node(node)
             del tensor_of[node.name]
     return replace(program, tensor_of=tensor_of)
+
+
+def same_around(first: fx.Graph, second: fx.Graph) -> bool:
+    """Tell whether two graphs do the same, but for plain arguments of their opaque calls."""
+
+    def lines(graph: fx.Graph) -> list[Any]:
+        return [
+            (str(node.target), str(node.args[0] if node.target is OPAQUE else node.args), str(node.kwargs))
+            for node in graph.nodes
+            if node.op != "placeholder"
+        ]
+
+    return lines(first) == lines(second)
 
 
 def opaque_calls(graph: fx.Graph) -> list[fx.Node]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxslim.calls import entry
+from fxslim.calls import by_name, entry, signature_of
 from fxslim.errors import FxslimError, TraceError
-from fxslim.opaque import Opaque, opaque, without_tensors
+from fxslim.opaque import Opaque, opaque, same_around, without_tensors
 from fxslim.outside import private, read_outside, storage
 from fxslim.plan import Note
 from fxslim.program import Program, named_tensors
@@ -156,7 +156,7 @@ class _Search:
 
     def _worth(self, path: str, parts: frozenset[str]) -> bool:
         """Tell whether a module multiplies at least twice besides what these parts of it do."""
-        own = self.model.get_submodule(path).named_parameters(prefix=path)
+        own = self.model.get_submodule(path).named_parameters(prefix=path, remove_duplicate=False)
         return sum(parameter.ndim > 1 and _above(name, parts) is None for name, parameter in own) > 1
 
     def _topmost(self, call: Call) -> dict[str, list[Call]]:
@@ -185,7 +185,24 @@ class _Search:
         if reason is not None:
             self.failed[path] = reason
             self.traced.pop(path, None)
+        elif parts:
+            self._either_way(path, parts)
         return reason is None
+
+    def _either_way(self, path: str, parts: frozenset[str]) -> None:
+        """Add graphs for calls with the opposite of a yes-or-no argument, where nothing but the parts depends on it."""
+        ways, signature = self.traced[path], signature_of(self.model.get_submodule(path))
+        for program, met in tuple(ways):
+            for name in (name for name, value in met[0].arguments.items() if type(value) is bool):
+                arguments = by_name(signature, (), met[0].arguments | {name: not met[0].arguments[name]})
+                if any(_fits(known, arguments) for known, _ in ways):
+                    continue
+                try:
+                    other = self._program(path, met[0], arguments, parts)
+                except FxslimError:
+                    continue
+                if same_around(program.graph, other.graph):
+                    ways.append((other, []))
 
     def _one(self, path: str, call: Call, parts: frozenset[str]) -> str | None:
         """Trace a module for one call, or find that it was; return why it cannot be."""
@@ -199,23 +216,25 @@ class _Search:
         if len(ways) == MOST_WAYS:
             return f"it is called in more than {MOST_WAYS} ways"
         module = self.model.get_submodule(path)
-        inside = _inside(path, parts)
-        look = (type(module), *_look(call.arguments), frozenset(inside.values()))
+        look = (type(module), *_look(call.arguments), frozenset(_inside(path, parts).values()))
         if look not in self.looks:
-            shadow = self.shadow.get_submodule(path)
-            recorded = {inside[part.path]: [] for part in call.within(parts)}
             for part in call.within(parts):
-                recorded[inside[part.path]].append(part)
                 if part.refusal or part.secret:
                     return f"{part.path} is part of no graph: {part.refusal or part.secret}"
             try:
-                with opaque(shadow, recorded, self.calls):
-                    program = trace_part(module, shadow, call.arguments, bool(parts))
-                ways.append((without_tensors(program, recorded), [call]))
+                ways.append((self._program(path, call, call.arguments, parts), [call]))
                 return None
             except FxslimError as error:
                 self.looks[look] = first_line(error)
         return self.looks[look]
+
+    def _program(self, path: str, call: Call, arguments: Mapping[str, Any], parts: frozenset[str]) -> Program:
+        """Trace a module for some arguments, and the calls of some parts of it as they were in a recorded call."""
+        inside, shadow = _inside(path, parts), self.shadow.get_submodule(path)
+        recorded = {relative: [c for c in call.within(parts) if c.path == part] for part, relative in inside.items()}
+        with opaque(shadow, recorded, self.calls):
+            program = trace_part(self.model.get_submodule(path), shadow, arguments, bool(parts))
+        return without_tensors(program, recorded)
 
 
 def first_line(error: BaseException) -> str:
