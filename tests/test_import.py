@@ -30,6 +30,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "calls",
             "regions",
             "outside",
+            "recording",
+            "opaque",
             "unite",
             "inputs",
             "flow",
