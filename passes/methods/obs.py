@@ -16,7 +16,7 @@ DAMPING = 0.01
 STEP = 32
 """Single channels that go before all are scored again."""
 REFACTOR = 8
-"""The inverse is computed anew whenever an eighth of the inputs is gone."""
+"""The inverse is computed anew whenever an eighth of what was left is gone."""
 
 
 def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int = STEP) -> Curve:
@@ -56,7 +56,10 @@ def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int = STEP)
 
 @dataclass
 class _Surgery:
-    """The state of one consumer: the inverse of its damped second moments, and its weights as they adapt."""
+    """The state of one consumer: the inverse of its damped second moments, and its weights as they adapt.
+
+    Both shrink to what is left whenever they are computed anew.
+    """
 
     read: Read
     items: Items
@@ -65,54 +68,53 @@ class _Surgery:
     def __post_init__(self) -> None:
         moments = self.read.moments
         ridge = self.damping * scale(moments)
-        size = len(moments.xx)
-        eye = torch.eye(size, dtype=moments.xx.dtype, device=moments.xx.device)
+        eye = torch.eye(len(moments.xx), dtype=moments.xx.dtype, device=moments.xx.device)
         self.inner = (moments.xx + moments.xx.T) / 2 + ridge * eye
-        self.start = torch.cholesky_solve(moments.xt + ridge * self.read.weight, factor(self.inner, 0.0))
-        self.pull = self.inner @ self.start
-        self.weight = self.start.clone()
-        self.inverse = torch.cholesky_inverse(factor(self.inner, 0.0))
-        self.whole = max(float((self.start * (self.inner @ self.start)).sum()), 1e-300)
-        columns = [torch.from_numpy(self.read.consumer.columns(units)).to(eye.device) for units in self.items.units]
-        self.columns = columns
-        widths = {len(own) for own in columns}
+        self.pull = moments.xt + ridge * self.read.weight
+        self.columns = [torch.from_numpy(self.read.consumer.columns(u)).to(eye.device) for u in self.items.units]
+        widths = {len(own) for own in self.columns}
         self.width = widths.pop() if len(widths) == 1 else 0
-        self.left = torch.ones(size, dtype=torch.bool, device=eye.device)
-        self.fresh = size
+        self.left = torch.ones(len(eye), dtype=torch.bool, device=eye.device)
+        self.place = torch.arange(len(eye), device=eye.device)
+        self._refresh()
+        self.whole = max(float((self.weight * self.pull).sum()), 1e-300)
 
     def scores(self) -> np.ndarray:
         """Return what each item would cost now; infinite for those that are gone.  (items,)"""
         if self.width == 1:
             at = torch.cat(self.columns)
-            found = self.weight[at].square().sum(1) / self.inverse.diagonal()[at]
+            here = self.place[at]
+            found = self.weight[here].square().sum(1) / self.inverse.diagonal()[here]
             return torch.where(self.left[at], found, torch.inf).cpu().numpy()
         return np.array([self._cost(own) if len(own) and bool(self.left[own[0]]) else np.inf for own in self.columns])
 
     def _cost(self, columns: Tensor) -> float:
-        block, weight = self.inverse[columns][:, columns], self.weight[columns]
+        here = self.place[columns]
+        block, weight = self.inverse[here][:, here], self.weight[here]
         return float((weight * torch.linalg.solve(block, weight)).sum())
 
     def remove(self, items: np.ndarray) -> float:
         """Take items out; return what that costs."""
         gone = torch.cat([self.columns[int(item)] for item in items])
-        block = self.inverse[gone][:, gone]
-        update = torch.linalg.solve(block, torch.cat([self.inverse[gone], self.weight[gone]], dim=1))
+        here = self.place[gone]
+        block = self.inverse[here][:, here]
+        update = torch.linalg.solve(block, torch.cat([self.inverse[here], self.weight[here]], dim=1))
         rows, weights = update.split([self.inverse.shape[1], self.weight.shape[1]], dim=1)
-        cost = float((self.weight[gone] * weights).sum())
-        across = self.inverse[:, gone]
+        cost = float((self.weight[here] * weights).sum())
+        across = self.inverse[:, here]
         self.weight -= across @ weights
         self.inverse -= across @ rows
         self.left[gone] = False
-        self.inverse[gone], self.inverse[:, gone], self.weight[gone] = 0.0, 0.0, 0.0
-        left = int(self.left.sum())
-        if left and left <= self.fresh - max(len(self.left) // REFACTOR, 1):
+        if self.left.any() and int(self.left.sum()) <= len(self.inverse) * (1 - 1 / REFACTOR):
             self._refresh()
-            self.fresh = left
         return cost
 
     def _refresh(self) -> None:
         """Compute the inverse and the weights of what is left anew, so that rounding does not add up."""
         at = self.left.nonzero()[:, 0]
+        self.place[at] = torch.arange(len(at), device=at.device)
+        self.place[~self.left] = 0
         lower = factor(self.inner[at][:, at], 0.0)
-        self.inverse[at[:, None], at] = torch.cholesky_inverse(lower)
-        self.weight[at] = torch.cholesky_solve(self.pull[at], lower)
+        eye = torch.eye(len(at), dtype=lower.dtype, device=lower.device)
+        self.inverse = torch.cholesky_solve(eye, lower)
+        self.weight = torch.cholesky_solve(self.pull[at], lower)
