@@ -58,12 +58,13 @@ def _put_back(node: fx.Node, target: Any, place: dict[fx.Node, float]) -> bool:
     pieces, whole = _pieces(node)
     if whole.op != "call_function" or _is_view(whole):
         return False
+    views: list[Any]
     _, *views = sorted(_shared(whole, node, place), key=place.__getitem__)
     readers = {name: _readers(name, node, place) for name in (whole, *views, node)}
     again = {view for view in views if readers[view]} | {piece for piece in pieces[:1] if readers[node]}
     for view in reversed(views):
         if view in again and view.args[0] is not whole:
-            again.add(view.args[0])  # type: ignore[arg-type]
+            again.add(view.args[0])
     if any(view.target not in VIEWS or view.kwargs for view in again):
         return False
     node.target = target
@@ -105,8 +106,8 @@ def _is_all(piece: fx.Node) -> bool:
     """Tell whether a piece is the whole value."""
     if piece.target is not torch.ops.aten.slice.Tensor:
         return False
-    start, end, step = (*piece.args[2:], *(None, None, 1)[len(piece.args) - 2 :])
-    return start in (None, 0) and (end is None or (isinstance(end, int) and end >= OPEN)) and step == 1
+    start, end, *step = (*piece.args[2:], None, None)[:3]
+    return start in (None, 0) and (end is None or (isinstance(end, int) and end >= OPEN)) and step in ([], [None], [1])
 
 
 def mutates(node: fx.Node) -> bool:

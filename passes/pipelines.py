@@ -614,20 +614,28 @@ def makes_graph(last: tuple[Pass, ...]) -> bool:
     return any(isinstance(step, NarrowGraph) for step in last)
 
 
-def choosing(request: Request) -> Pipeline:
-    """Return the pipeline that makes a plan."""
-    return Pipeline((*INSPECT, Choose(request)), given=(Subject,))
+Kinds = tuple[type, ...]
 
 
-def inspecting() -> Pipeline:
+def _unknown(passes: tuple[Pass, ...], given: Kinds) -> tuple[Pass, ...]:
+    """Return the passes that find out more than what is given."""
+    return tuple(step for step in passes if not set(step.ensures) <= set(given))
+
+
+def choosing(request: Request, given: Kinds = (Subject,)) -> Pipeline:
+    """Return the pipeline that makes a plan of what is given."""
+    return Pipeline((*_unknown(INSPECT, given), Choose(request)), given=given)
+
+
+def inspecting(given: Kinds = (Subject,)) -> Pipeline:
     """Return the pipeline that finds sites."""
-    return Pipeline(INSPECT, given=(Subject,))
+    return Pipeline(_unknown(INSPECT, given), given=given)
 
 
-def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...], open_axes: int | None = None) -> Pipeline:
+def narrowing(request: Request, given: Kinds, *, last: tuple[Pass, ...], open_axes: int | None = None) -> Pipeline:
     """Return the pipeline that narrows a model by a request, or by a plan that is given."""
-    follow_dtypes: tuple[Pass, ...] = (Follow(),) if makes_graph(last) else ()
-    first: tuple[Pass, ...] = (Trace(open_axes), *follow_dtypes, *INSPECT[1:])
-    if given_plan:
-        return Pipeline((*first, *CHECK_PLAN, *last), given=(Subject, Plan))
-    return Pipeline((*first, Choose(request), Take(), *last), given=(Subject,))
+    choice = CHECK_PLAN if Plan in given else (Choose(request), Take())
+    if makes_graph(last):  # what follows the model's dtype changes the graph, so that it is labelled afterwards
+        trace = _unknown((Trace(open_axes),), given)
+        return Pipeline((*trace, Follow(), *INSPECT[1:], *choice, *last), given=given)
+    return Pipeline((*_unknown(INSPECT, given), *choice, *last), given=given)

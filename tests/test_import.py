@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "match",
             "forms",
             "pipeline",
+            "analysis",
             "text",
             "report",
             "count",

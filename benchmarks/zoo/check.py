@@ -158,7 +158,7 @@ def _run(case: Case, row: Row) -> None:
 
     def form(make: Callable[..., Any]) -> tuple[Form, Any]:
         try:
-            small = make(model, inputs, plan=plan)
+            small = make(found, plan=plan)
         except FxslimError as error:
             return Form("refused", f"{type(error).__name__}: {_said(error)}"), None
         except Exception as error:  # noqa: BLE001
