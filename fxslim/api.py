@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxslim.analysis import Analysis, state_of
 from fxslim.errors import InputError, RequestError, VerifyError
 from fxslim.inputs import bind
 from fxslim.passes import pipelines as lines
@@ -27,6 +28,10 @@ from fxslim.plan import Note, Plan
 from fxslim.program import Program
 from fxslim.regions import region_notes
 from fxslim.report import Inspection, Record, Report, Verification
+from fxslim.sharing import rebound
+
+Model = nn.Module | Inspection
+"""What stands for a model: itself, or what `inspect` said of it, which is not traced again."""
 
 OPEN_AXES = (None, 1, 0)
 """How many leading axes of the inputs a graph is tried with: all, the batch, none."""
@@ -58,7 +63,7 @@ def inspect(
         UnsupportedModelError: the model is quantized or has nothing to narrow.
         RequestError: a glob matches nothing.
     """
-    facts = _run(lines.inspecting(), [_subject(model, example_inputs)], observer)
+    facts = _run(lines.inspecting(), Facts().adding(_subject(model, example_inputs)), observer)
     sites, program = facts.get(Sites), facts.get(Program)
     request = Request(include=_globs(include), skip=_globs(skip))
     chosen = select(sites.sites, request)[0] if request.include or request.skip else list(sites.sites)
@@ -69,11 +74,12 @@ def inspect(
         notes=(*region_notes(program), *(Note(where="trace", reason=note) for note in program.notes)),
         feeds=sites.feeds.subgraph(names),
         explain=sites.naming.why,
+        analysis=Analysis(model, example_inputs, facts, state_of(model, example_inputs)),
     )
 
 
 def plan(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any = None,
     *,
     ffn: float = 0.0,
@@ -92,7 +98,8 @@ def plan(
     units whose value is the same for every input, where the consumers' biases can take it up.
 
     Args:
-        model: see `inspect`.
+        model: see `inspect`; or what `inspect` returned, in the place of model and inputs, so that a model that has not
+            changed since is not traced again.
         example_inputs: see `inspect`.
         ffn: fraction of the channels of every feed-forward site.
         heads: fraction of the query heads of every attention site, equally many per key/value group.
@@ -109,11 +116,12 @@ def plan(
         InputError: a weight holds NaN; otherwise as `inspect`.
     """
     request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
-    return _run(lines.choosing(request), [_subject(model, example_inputs)], observer).get(Plan)
+    known = _known(model, example_inputs)
+    return _run(lines.choosing(request, tuple(known.known)), known, observer).get(Plan)
 
 
 def slim(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any = None,
     *,
     plan: Plan | None = None,
@@ -132,7 +140,7 @@ def slim(
     """Return the model's own class with narrowed weights, verified against the masked model.
 
     Args:
-        model: see `inspect`. It is not changed unless ``inplace``, and in no case when anything fails.
+        model: see `plan`. It is not changed unless ``inplace``, and in no case when anything fails.
         example_inputs: see `inspect`.
         plan: what to take out; instead of a request.
         ffn: see `plan`, as all other requests.
@@ -155,15 +163,20 @@ def slim(
     """
     request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
     lossless = plan is None and request.lossless
+    _check(plan, request)
+    known = _known(model, example_inputs)
+    clock = _Clock()
+    known = _run(lines.inspecting(tuple(known.known)), known, observer, clock, progress=progress)
+    dense = known.get(lines.Subject).original
     quick, thorough = (lines.slim_passes(thorough=t, lossless=lossless) for t in (False, True))
     try:
-        small, record = _narrow(model, example_inputs, plan, request, quick, progress, observer)
+        small, record = _narrow(known, plan, request, quick, progress, observer, clock)
     except VerifyError:
-        small, record = _narrow(model, example_inputs, plan, request, thorough, progress, observer)
+        small, record = _narrow(known, plan, request, thorough, progress, observer, clock)
     if inplace:
-        settle(model)
-        small = replay(model, record.plan)
-    earlier = getattr(model, "fxslim", None)
+        settle(dense)
+        small = replay(dense, record.plan)
+    earlier = getattr(dense, "fxslim", None)
     if isinstance(earlier, Record):  # narrowed before: say what was done to the dense model
         record = dataclasses.replace(record, plan=earlier.plan.then(record.plan))
     config = getattr(small, "config", None)
@@ -174,7 +187,7 @@ def slim(
 
 
 def compile(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any = None,
     *,
     plan: Plan | None = None,
@@ -196,7 +209,7 @@ def compile(
     cannot be traced as a whole gives a copy of itself with a narrowed graph in the place of each region that can be.
 
     Args:
-        model: see `inspect`. It is not changed.
+        model: see `plan`. It is not changed.
         example_inputs: see `inspect`.
         plan: what to take out; instead of a request.
         ffn: see `plan`, as all other requests.
@@ -219,7 +232,8 @@ def compile(
     """
     request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
     last = lines.compile_passes(narrow=narrow, lossless=plan is None and request.lossless)
-    graph, record = _narrow(model, example_inputs, plan, request, last, progress, observer)
+    _check(plan, request)
+    graph, record = _narrow(_known(model, example_inputs), plan, request, last, progress, observer, _Clock())
     if isinstance(graph, CompiledModule):
         graph.meta["fxslim"] = record
     else:
@@ -265,40 +279,62 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
     return compare(what.model, small, plan, refer(what.model, plan, ways))
 
 
+def _known(model: Model, example_inputs: Any) -> Facts:
+    """Return what is known about a model: all that `inspect` found out, where it still holds."""
+    if not isinstance(model, Inspection):
+        return Facts().adding(_subject(model, example_inputs))
+    if example_inputs is not None:
+        raise InputError("an Inspection stands for its model and its example inputs; give no others with it.")
+    kept = model.analysis
+    if kept is None:
+        raise InputError("this Inspection was not made by fxslim.inspect; give the model itself.")
+    subject = _subject(kept.model, kept.example_inputs)
+    if not kept.holds():
+        return Facts().adding(subject)
+    return kept.facts.adding(subject, rebound(kept.facts.get(Program), subject.model))
+
+
+def _check(plan: Plan | None, request: Request) -> None:
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(f"plan= takes a fxslim Plan, not {type(plan).__name__}.")
+    if plan is not None and request.asked():
+        raise InputError(f"give either plan= or a request, not both: {sorted(request.asked())} came with a plan.")
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Observes how long the passes take, and whether the model is traced in regions."""
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    regional: bool = False
+
+    def __call__(self, before: Facts, step: Pass, after: Facts, spent: float) -> None:
+        self.seconds[type(step).__name__] = round(spent, 4)
+        self.regional = bool(after.get(Program).regions)
+
+
 def _narrow(
-    model: nn.Module,
-    example_inputs: Any,
+    known: Facts,
     plan: Plan | None,
     request: Request,
     last: tuple[Pass, ...],
     progress: bool,
     observer: Observer | None,
+    clock: _Clock,
 ) -> tuple[nn.Module, Record]:
-    if plan is not None:
-        if not isinstance(plan, Plan):
-            raise InputError(f"plan= takes a fxslim Plan, not {type(plan).__name__}.")
-        if request.asked():
-            raise InputError(f"give either plan= or a request, not both: {sorted(request.asked())} came with a plan.")
-    seconds: dict[str, float] = {}
     failed: VerifyError | None = None
-    regional = False
-
-    def clock(before: Facts, step: Pass, after: Facts, spent: float) -> None:
-        nonlocal regional
-        seconds[type(step).__name__] = round(spent, 4)
-        regional = regional or (isinstance(step, lines.Trace) and bool(after.get(Program).regions))
-
     for open_axes in OPEN_AXES if lines.makes_graph(last) else OPEN_AXES[:1]:
-        pipeline = lines.narrowing(request, given_plan=plan is not None, last=last, open_axes=open_axes)
-        given = [_subject(model, example_inputs), *([plan] if plan is not None else [])]
+        given = known if open_axes is None else Facts().adding(known.get(lines.Subject))
+        given = given if plan is None else given.adding(plan)
+        pipeline = lines.narrowing(request, tuple(given.known), last=last, open_axes=open_axes)
         try:
             facts = _run(pipeline, given, observer, clock, progress=progress)
         except VerifyError as error:  # loops over rows or pieces are traced for one number of them
             failed = failed or error
-            if regional:
+            if clock.regional:
                 break
             continue
-        report = dataclasses.replace(facts.get(Report), seconds=seconds)
+        report = dataclasses.replace(facts.get(Report), seconds=clock.seconds)
         if failed is not None:
             reason = f"traced with sizes fixed: with open ones, other sizes could not be verified ({failed.where})"
             report = dataclasses.replace(report, notes=(*report.notes, Note(where="graph form", reason=reason)))
@@ -308,11 +344,11 @@ def _narrow(
 
 
 def _run(
-    pipeline: Pipeline, given: list[Any], observer: Observer | None, *others: Observer, progress: bool = False
+    pipeline: Pipeline, given: Facts, observer: Observer | None, *others: Observer, progress: bool = False
 ) -> Facts:
     observers = (*others, *([observer] if observer is not None else []))
     with torch.random.fork_rng(), _bar(pipeline, visible=progress) as advance:
-        return pipeline.run(*given, observers=(*observers, advance))
+        return pipeline.run(*given.known.values(), observers=(*observers, advance))
 
 
 @contextmanager

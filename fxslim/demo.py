@@ -123,9 +123,9 @@ def run(*, stage: Callable[[str], None] = lambda _: None, seconds: float = 10.0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = dict(tokenizer(list(SENTENCES), padding=True, return_tensors="pt"))
     stage("looking for what can be narrowed")
-    sites = str(fxslim.inspect(dense))
+    found = fxslim.inspect(dense)
     stage("removing half of the FFN and a quarter of the heads")
-    small: Any = fxslim.slim(dense, ffn=FFN, heads=HEADS)
+    small: Any = fxslim.slim(found, ffn=FFN, heads=HEADS)
     report = small.fxslim.report
     stage("comparing with the masked and the dense model")
     difference, scale, cosine = _compare(dense, small, batch)
@@ -133,7 +133,7 @@ def run(*, stage: Callable[[str], None] = lambda _: None, seconds: float = 10.0)
     timing = _latency(dense, small, seconds)
     speedup = timing["narrowed"].speedup
     return Demo(
-        sites=sites,
+        sites=str(found),
         parameters=(report.parameters_before, report.parameters_after),
         macs=(report.macs_before, report.macs_after),
         milliseconds=(timing["dense"].time.value * 1e3, timing["narrowed"].time.value * 1e3),

@@ -178,7 +178,14 @@ def _without_special(ids: torch.Tensor, config: Any, vocabulary: int) -> torch.T
 
 
 def fresh(
-    program: Program, *, seed: int, batch: int | None = None, length: int | None = None, integers: bool = True
+    program: Program,
+    *,
+    seed: int,
+    batch: int | None = None,
+    length: int | None = None,
+    integers: bool = True,
+    at: int = 0,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """Make inputs like the traced ones with other values, and other sizes where the trace left them open.
 
@@ -192,19 +199,46 @@ def fresh(
         seed: equal seeds give equal inputs.
         batch: another batch, where the trace left it open.
         length: another length, where the trace left it open.
-        integers: whether integers vary; some models count them (placeholders of images).
+        integers: whether integers vary; some models count them (placeholders of images). Where they do not, longer ones
+            repeat one position of the example, and more of them rows.
+        at: the position that is repeated.
+        whole: whether rows are repeated as they are; else further rows hold nothing but that position.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves, spec = pytree.tree_flatten(dict(program.call.example))
     shapes = _batches(leaves, batch) if program.regions else _shapes(program, leaves, batch, length)
-    made = [
-        _like(leaf, shape, generator)
-        if isinstance(leaf, torch.Tensor) and (integers or leaf.is_floating_point())
-        else leaf
-        for leaf, shape in zip(leaves, shapes, strict=True)
-    ]
-    inputs: dict[str, Any] = pytree.tree_unflatten(made, spec)
+
+    def made(leaf: Any, shape: list[int]) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return (
+            _like(leaf, shape, generator) if integers or leaf.is_floating_point() else _repeated(leaf, shape, at, whole)
+        )
+
+    inputs: dict[str, Any] = pytree.tree_unflatten(list(map(made, leaves, shapes)), spec)
     return inputs
+
+
+def countable(program: Program) -> int:
+    """Return how long integer inputs are where their length is open; 0 where none is."""
+    values = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in program.inputs]
+    whole = [v for v in values if isinstance(v, torch.Tensor) and not v.is_floating_point() and v.dtype != torch.bool]
+    return max((hint(size) for v in whole for size in v.shape[1:2] if is_symbolic(size)), default=0)
+
+
+def _repeated(leaf: torch.Tensor, shape: list[int], at: int, whole: bool) -> torch.Tensor:
+    """Return a tensor with other sizes, in which one position is repeated, and rows from the first one on."""
+    for axis, size in enumerate(shape[1:], 1):
+        first = torch.arange(min(leaf.shape[axis], size))
+        again = torch.full((size - len(first),), min(at, len(first) - 1))
+        leaf = leaf.index_select(axis, torch.cat([first, again]).sort().values.to(leaf.device))
+    rows = torch.arange(shape[0] if shape else 0, device=leaf.device)
+    if not shape or len(rows) == leaf.shape[0]:
+        return leaf
+    made = leaf.index_select(0, rows % leaf.shape[0])
+    if not whole and leaf.ndim > 1:
+        made[leaf.shape[0] :] = made[leaf.shape[0] :, min(at, leaf.shape[1] - 1), None]
+    return made
 
 
 def _shapes(program: Program, leaves: list[Any], batch: int | None, length: int | None) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import networkx as nx
 
+from fxslim.analysis import Analysis
 from fxslim.plan import Note, Plan, Site
 from fxslim.text import table
 
@@ -69,6 +70,7 @@ class Inspection:
         notes: what the user should know about the trace.
         feeds: directed graph over site names: which site's output reaches which site's input without passing another.
         explain: answers "why was this not found?" for a module path or a weight.
+        analysis: the model and what the passes found; an Inspection stands for the model in `plan`, `slim`, `compile`.
     """
 
     sites: tuple[Site, ...]
@@ -76,6 +78,7 @@ class Inspection:
     notes: tuple[Note, ...] = ()
     feeds: nx.DiGraph = field(default_factory=nx.DiGraph, compare=False)
     explain: Callable[[str], str] = field(default=str, compare=False, repr=False)
+    analysis: Analysis | None = field(default=None, compare=False, repr=False)
 
     def why(self, name: str) -> str:
         """Say what was found at a module or weight, what was not, and why."""

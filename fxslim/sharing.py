@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxslim.errors import UnsupportedModelError
-from fxslim.program import named_tensors
+from fxslim.program import Program, named_tensors
 
 
 def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
@@ -94,6 +95,12 @@ def named_once(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str
             first[id(tensor)] = name
             tensors[name] = tensor
     return tensors, aliases
+
+
+def rebound(program: Program, model: nn.Module) -> Program:
+    """Return a program whose tensors are those that a model has now, under the names of the traced one's."""
+    tensors, _ = named_once(model)
+    return replace(program, tensors={name: tensors.get(name, tensor) for name, tensor in program.tensors.items()})
 
 
 def transient_names(model: nn.Module) -> frozenset[str]:

@@ -135,6 +135,7 @@ def _is_image(value: torch.Tensor) -> bool:
 
 
 Exported = tuple[torch.export.ExportedProgram, dict[str, Any]]
+Attempt = Callable[[], Exported]
 
 
 MOST_GUARDS = 100
@@ -158,10 +159,8 @@ class _FewGuards(TorchFunctionMode):
         return result
 
 
-def _attempts(
-    shadow: nn.Module, example: dict[str, Any], open_axes: int | None
-) -> Iterator[tuple[bool, Callable[[], Exported]]]:
-    """Yield the ways to export a model, by itself and by the library that it comes from: open sizes?, the call."""
+def _exporters(shadow: nn.Module, example: dict[str, Any], open_axes: int | None) -> Iterator[list[Attempt]]:
+    """Yield the ways to export a model, by itself and by the library that it comes from, most open sizes first."""
 
     def dynamic(inputs: dict[str, Any], axes: int | None = open_axes) -> dict[str, Any]:
         return {name: pytree.tree_map(lambda x: _dynamic(x, axes), value) for name, value in inputs.items()}
@@ -174,13 +173,10 @@ def _attempts(
         with _FewGuards():
             return plainly(shapes)
 
-    yield True, lambda: within(dynamic(example))
-    if open_axes is None:
-        yield True, lambda: within(dynamic(example, 1))
-    yield False, lambda: plainly(None)
+    batch: list[Attempt] = [lambda: within(dynamic(example, 1))] if open_axes is None else []
+    yield [lambda: within(dynamic(example)), *batch, lambda: plainly(None)]
     if applies(shadow):
-        yield True, lambda: export_patched(shadow, example, dynamic)
-        yield False, lambda: export_patched(shadow, example, None)
+        yield [lambda: export_patched(shadow, example, dynamic), lambda: export_patched(shadow, example, None)]
 
 
 @contextmanager
@@ -210,17 +206,17 @@ def _export(
 ) -> Exported:
     first: Exception | None = None
     for candidate in candidates:
-        asks_data = False
-        for is_open, attempt in _attempts(shadow, dict(candidate), open_axes):
-            if asks_data and not is_open:
-                continue  # fixed sizes do not help where values are asked for
-            try:
-                exported, example = attempt()
-                _require_operations(exported.graph)
-                return exported, example
-            except Exception as error:  # noqa: BLE001 - export raises anything; the first error is reported below
-                first = first or error
-                asks_data = isinstance(error, GuardOnDataDependentSymNode)
+        for attempts in _exporters(shadow, dict(candidate), open_axes):
+            for attempt in attempts:
+                try:
+                    exported, example = attempt()
+                    _require_operations(exported.graph)
+                    return exported, example
+                except (GuardOnDataDependentSymNode, _PythonCallError) as error:
+                    first = first or error
+                    break  # fixed sizes do not help
+                except Exception as error:  # noqa: BLE001 - export raises anything; the first error is reported below
+                    first = first or error
     message = str(first).strip().splitlines()
     raise TraceError(
         f"{name} cannot be traced as a whole: {type(first).__name__}: {message[0] if message else ''} "
@@ -229,10 +225,16 @@ def _export(
     ) from first
 
 
+class _PythonCallError(Exception):
+    """A graph calls a Python function: a mask function under ``vmap``."""
+
+
 def _require_operations(graph: fx.Graph) -> None:
-    """Raise TraceError for a graph that calls Python functions: a mask function under ``vmap``."""
+    """Raise an error for a graph that calls Python functions."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flat_apply):
-        raise TraceError(f"the graph calls a Python function ({node.args[1] if len(node.args) > 1 else node.name})")
+        raise _PythonCallError(
+            f"the graph calls a Python function ({node.args[1] if len(node.args) > 1 else node.name})"
+        )
 
 
 def _program(

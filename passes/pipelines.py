@@ -14,7 +14,7 @@ from torch import nn
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
 from fxslim.errors import NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
-from fxslim.inputs import BATCH, LENGTH, bind, fresh
+from fxslim.inputs import BATCH, LENGTH, bind, countable, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
@@ -294,6 +294,8 @@ class Vary:
         length: another length, or None.
         one: the batch of the last path, or None.
         integers: whether integers change.
+        at: the position that is repeated in longer inputs, where they do not.
+        whole: whether further rows repeat whole ones, or nothing but that position.
     """
 
     name: str
@@ -301,16 +303,31 @@ class Vary:
     length: int | None = None
     one: int | None = None
     integers: bool = True
+    at: int = 0
+    whole: bool = True
 
 
-VARY = (
-    Vary("batch of one", BATCH + 1, LENGTH + 2, 1),
-    Vary("batch of one", BATCH + 1, LENGTH - 2, 1),
-    Vary("batch of one", BATCH + 1, one=1),
-    Vary("other values"),
-    Vary("other numbers", integers=False),
-)
-"""From the furthest to the nearest: the first that the model takes is what it is verified on."""
+MOST_PLACES = 16
+"""How many positions of integer inputs are tried until one may be repeated."""
+
+
+def varied(program: Program) -> tuple[Vary, ...]:
+    """Return ways to vary inputs, from the furthest to the nearest; the first that the model takes is verified on.
+
+    Some models count special tokens, so that longer inputs have to repeat a position at which none stands, and further
+    rows hold as many tokens as there are images, or none.
+    """
+    length = countable(program)
+    places = range(length - 1, max(length - 1 - MOST_PLACES, -1), -1)
+    return (
+        Vary("batch of one", BATCH + 1, LENGTH + 2, 1),
+        Vary("batch of one", BATCH + 1, LENGTH - 2, 1),
+        *(Vary("other numbers", BATCH + 1, LENGTH + 2, 1, integers=False, at=at) for at in places),
+        *(Vary("other numbers", BATCH + 1, LENGTH + 2, BATCH + 2, integers=False, at=at, whole=False) for at in places),
+        Vary("batch of one", BATCH + 1, one=1),
+        Vary("other values"),
+        Vary("other numbers", integers=False),
+    )
 
 
 def _unseen(program: Program, vary: Vary) -> bool:
@@ -350,13 +367,14 @@ class Refer:
             )
         modules = () if self.graph else to_watch(model, plan, thorough=self.thorough)
         made = None
-        for vary in VARY:
+        every = varied(program)
+        for vary in every:
             try:
                 ways = self._ways(program, model, vary)
                 made = self._refer(model, plan, modules, ways)
                 break
             except Exception:  # a model may refuse other inputs for reasons of its own
-                if vary is VARY[-1]:
+                if vary is every[-1]:
                     raise
         assert made is not None
         if self.graph and _unseen(program, vary):
@@ -381,10 +399,13 @@ class Refer:
 
     def _ways(self, program: Program, model: nn.Module, vary: Vary) -> tuple[Path, ...]:
         """Return the paths to run; those that a graph cannot take are left out."""
-        varied = fresh(program, seed=1, batch=vary.batch, length=vary.length, integers=vary.integers)
-        other = fresh(program, seed=2, batch=vary.one, integers=vary.integers)
+        same: dict[str, Any] = {"integers": vary.integers, "at": vary.at, "whole": vary.whole}
+        further = fresh(program, seed=1, batch=vary.batch, length=vary.length, **same)
+        other = fresh(program, seed=2, batch=vary.one, **same)
+        if not vary.integers:  # one of many that are tried
+            Path(vary.name, further).run(model)
         ways = (
-            *paths(model, varied, filled=program.call.filled, given=program.call.example, train=not self.graph),
+            *paths(model, further, filled=program.call.filled, given=program.call.example, train=not self.graph),
             Path(vary.name, other),
         )
         if program.regions:  # other values may lead past them
@@ -614,20 +635,28 @@ def makes_graph(last: tuple[Pass, ...]) -> bool:
     return any(isinstance(step, NarrowGraph) for step in last)
 
 
-def choosing(request: Request) -> Pipeline:
-    """Return the pipeline that makes a plan."""
-    return Pipeline((*INSPECT, Choose(request)), given=(Subject,))
+Kinds = tuple[type, ...]
 
 
-def inspecting() -> Pipeline:
+def _unknown(passes: tuple[Pass, ...], given: Kinds) -> tuple[Pass, ...]:
+    """Return the passes that find out more than what is given."""
+    return tuple(step for step in passes if not set(step.ensures) <= set(given))
+
+
+def choosing(request: Request, given: Kinds = (Subject,)) -> Pipeline:
+    """Return the pipeline that makes a plan of what is given."""
+    return Pipeline((*_unknown(INSPECT, given), Choose(request)), given=given)
+
+
+def inspecting(given: Kinds = (Subject,)) -> Pipeline:
     """Return the pipeline that finds sites."""
-    return Pipeline(INSPECT, given=(Subject,))
+    return Pipeline(_unknown(INSPECT, given), given=given)
 
 
-def narrowing(request: Request, *, given_plan: bool, last: tuple[Pass, ...], open_axes: int | None = None) -> Pipeline:
+def narrowing(request: Request, given: Kinds, *, last: tuple[Pass, ...], open_axes: int | None = None) -> Pipeline:
     """Return the pipeline that narrows a model by a request, or by a plan that is given."""
-    follow_dtypes: tuple[Pass, ...] = (Follow(),) if makes_graph(last) else ()
-    first: tuple[Pass, ...] = (Trace(open_axes), *follow_dtypes, *INSPECT[1:])
-    if given_plan:
-        return Pipeline((*first, *CHECK_PLAN, *last), given=(Subject, Plan))
-    return Pipeline((*first, Choose(request), Take(), *last), given=(Subject,))
+    choice = CHECK_PLAN if Plan in given else (Choose(request), Take())
+    if makes_graph(last):  # what follows the model's dtype changes the graph, so that it is labelled afterwards
+        trace = _unknown((Trace(open_axes),), given)
+        return Pipeline((*trace, Follow(), *INSPECT[1:], *choice, *last), given=given)
+    return Pipeline((*_unknown(INSPECT, given), *choice, *last), given=given)

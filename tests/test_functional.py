@@ -71,12 +71,80 @@ def masked(x: Tensor) -> Tensor:
     return y
 
 
+def piece(x: Tensor) -> Tensor:
+    y = x + 1
+    y[..., :2] = 0
+    return y
+
+
+def later_view(x: Tensor) -> Tensor:
+    y = x + 1
+    z = y.transpose(1, 2)
+    y.neg_()
+    return z
+
+
+def rows(x: Tensor) -> Tensor:
+    """Every row of a triangle is made of those above it, as in chunked linear attention."""
+    y = x @ x.transpose(1, 2)
+    for i in range(1, 3):
+        row = y[..., i, :i].clone()
+        y[..., i, :i] = row + (row.unsqueeze(-1) * y[..., :i, :i].clone()).sum(-2)
+    return y + torch.eye(3, dtype=y.dtype)
+
+
+def other_views(x: Tensor) -> tuple[Tensor, ...]:
+    """Names of one memory before and after it is written by another name of it."""
+    y = x + 1
+    turned, first = y.transpose(1, 2), y[:, 0]
+    before = turned * 2
+    first += 5
+    row = turned[0]
+    y[1] *= 3
+    return y, turned, first, row, before
+
+
+def result_is_written(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x + 1
+    z = y[:, 1:].mul_(2)
+    y.neg_()
+    z.add_(7)
+    return y, z
+
+
+def other_dtype(x: Tensor) -> Tensor:
+    y = torch.zeros(x.shape, dtype=torch.float32)
+    y[:, 1:] = x[:, 1:]
+    y[:, 0].fill_(3)
+    return y
+
+
+def one_of_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, places = x.topk(2, -1)
+    values /= values.sum(-1, keepdim=True)
+    return values, places
+
+
+def everything(x: Tensor) -> Tensor:
+    y = x * 2
+    y[:] = x.flip(1)
+    return y
+
+
 DONE: dict[str, Body] = {
     "twice": twice,
     "read before": old_reader,
     "a view that is read before": dead_view,
     "a constant": constant,
     "a mask": masked,
+    "a piece": piece,
+    "a view that is read afterwards": later_view,
+    "rows one by one": rows,
+    "other views": other_views,
+    "a result that is written": result_is_written,
+    "a piece of another dtype": other_dtype,
+    "a piece that is everything": everything,
+    "one of two results": one_of_two,
 }
 
 
@@ -91,16 +159,10 @@ def test_values_stay(case: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def piece(x: Tensor) -> Tensor:
+def maybe_view(x: Tensor) -> Tensor:
     y = x + 1
-    y[..., :2] = 0
-    return y
-
-
-def later_view(x: Tensor) -> Tensor:
-    y = x + 1
-    z = y.transpose(1, 2)
-    y.neg_()
+    z = y.reshape(6, 4)
+    y[:, 0] = 0
     return z
 
 
@@ -119,8 +181,7 @@ def given(x: Tensor) -> Tensor:
 
 
 LEFT: dict[str, Body] = {
-    "a piece": piece,
-    "a view that is read afterwards": later_view,
+    "a view that may be a copy is read afterwards": maybe_view,
     "pieces of one value": halves,
     "a wider operand": wider,
     "an input": given,

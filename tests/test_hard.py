@@ -35,12 +35,7 @@ SIZES = ((1, 5), (5, 11), (4, 3))
 """Batch sizes and lengths to compare on; examples for tracing have 2 rows of 7."""
 FUSED = ("t5", "umt5", "falcon_mq", "falcon_alibi", "falcon_new", "qwen3", "gemma3", "pegasus", "whisper", "siglip")
 """Traced with fused attention as well; the modules of all are compared with both kinds anyway (fxslim does)."""
-KNOWN: dict[str, dict[str, str]] = {
-    "llava": {
-        "compile": "it takes no other batch of random inputs (image tokens are counted), so that no other length is "
-        "verified either, and the graph is traced for one length"
-    },
-}
+KNOWN: dict[str, dict[str, str]] = {}
 """Entry, or entry and attention, to test to the reason why it fails today."""
 
 

@@ -38,6 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "match",
             "forms",
             "pipeline",
+            "analysis",
             "text",
             "report",
             "count",

@@ -121,7 +121,7 @@ def test_a_row_passes_only_if_everything_holds() -> None:
         assert not broken.passes("slim") and broken.passes("compile") and broken.failure()
     stays = replace(passed(), slim=Form("in place", "2 of 4 sites"))
     assert not stays.passes("slim") and stays.passes("slim", in_place=True) and stays.passes("compile")
-    for outcome in ("wrong", "refused", "crash", "not run"):
+    for outcome in ("wrong", "nothing", "refused", "crash", "not run"):
         assert not replace(passed(), slim=Form(outcome)).passes("slim", in_place=True)
 
 
@@ -159,6 +159,30 @@ def test_outputs_that_are_nan_in_float64_are_compared_in_float32() -> None:
     model, inputs, tolerance = check._dense(case, row)
     assert (row.dtype, tolerance) == ("float32", check.FLOAT32)
     assert not any(check.is_void(value) for value in outputs(model, inputs).values())
+
+
+def test_weights_and_plans_are_drawn_until_outputs_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last ReLU that returns zeros alone says nothing: no model is called right for it, and none wrong."""
+    case = case_of("GPT2Model")
+    build, silent = check.build, 2
+
+    def relu(case: Case, dtype: torch.dtype, seed: int = 0) -> Any:
+        model = build(case, dtype, seed)
+        with torch.no_grad():
+            model.ln_f.weight.zero_()
+            model.ln_f.bias.fill_(-1.0)
+            if seed >= silent:
+                model.ln_f.weight.add_(1)
+        return model
+
+    monkeypatch.setattr(check, "build", relu)
+    row = run(case)
+    assert row.seed == silent and row.failure() == ""
+    assert row.slim.outputs == row.compile.outputs == ("['last_hidden_state']",)
+    monkeypatch.setattr(check, "SEEDS", silent)
+    row = run(case)
+    assert (row.slim.outcome, row.compile.outcome) == ("nothing", "nothing")
+    assert table.totals([row])["nothing"] == 1 and table.totals([row])["wrong"] == 0
 
 
 # Cases and processes ------------------------------------------------------------------------------------------------
@@ -199,7 +223,7 @@ def test_the_command_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     main()
     (row,) = [Row.from_json(data) for data in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))]
     assert row.passes("slim") and row.passes("compile")
-    assert "| gpt2 | GPT2Model | 2 attention, 2 ffn | 4/4 | exact" in capsys.readouterr().out
+    assert "| gpt2 | GPT2Model | 2 attention, 2 ffn | 4/4 | last_hidden_state | exact" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["zoo", "--cases", str(few), "--only", "nothing"])
     with pytest.raises(SystemExit):
         main()

@@ -71,27 +71,27 @@ def read_cases(path: Path = CASES) -> list[Case]:
     return cases
 
 
-def build(case: Case, dtype: torch.dtype) -> Any:
+def build(case: Case, dtype: torch.dtype, seed: int = 0) -> Any:
     """Return a case's model in eval mode, with random weights, eager attention where it has it."""
     import transformers
 
     config: Any = getattr(transformers, case.config_class).from_dict(dict(case.config))
     kind = getattr(transformers, case.model)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         try:
             model = kind._from_config(config, attn_implementation="eager", dtype=dtype)
         except (ValueError, NotImplementedError):
             model = kind(config)
     model = model.eval().to(dtype)
     settle(model)  # weights that are computed at every call (weight norm) could not be masked
-    scatter(model)
+    scatter(model, seed)
     return model
 
 
-def scatter(model: nn.Module) -> None:
+def scatter(model: nn.Module, seed: int = 0) -> None:
     """Give every parameter and running statistic values of its own: zeros, ones and tiny weights hide mistakes."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + seed)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
@@ -200,10 +200,11 @@ def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def says_something(results: Mapping[str, Tensor]) -> bool:
-    """Tell whether some result has finite numbers that are not all the same."""
-    floating = [value.double() for value in results.values() if value.is_floating_point()]
-    return any(len(value[value.isfinite()].unique()) > 1 for value in floating)
+def varies(value: Tensor) -> bool:
+    """Tell whether a tensor has finite numbers that are not all the same: nothing would show in another one."""
+    if not value.is_floating_point():
+        return False
+    return len(value[value.isfinite()].unique()) > 1
 
 
 def unmasked(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """An oracle: which linears could lose an output channel, found by disturbing one and running the real model.
 
-If the first later linear that sees the disturbance sees it in part of its input coordinates only, and zeros at those
-coordinates hide it from whatever the model returns, the channel can be taken out. Graphs, labels and shapes of
-architectures play no part.
+If the first later linear that sees the disturbance sees it in part of its input coordinates only, and holding those
+coordinates at what they were hides it from whatever the model returns, the channel can be taken out. Graphs, labels and
+shapes of architectures play no part.
 
 Linears are ``nn.Linear``, transformers' ``Conv1D``, and ungrouped convolutions with a kernel of one.
 """
@@ -33,7 +33,7 @@ class Probe:
         channel: the output channel.
         consumer: path of the first later linear that sees it, or "".
         columns: input coordinates at which it does.
-        prunable: whether zeros there hide the channel from the model's output.
+        prunable: whether the channel reaches the model's output, and by no other way.
     """
 
     producer: str
@@ -61,18 +61,18 @@ def _axis(module: nn.Module) -> int:
 
 @dataclass
 class _Seen:
-    """What happened in a run: the linears' inputs, in order of calls, and the model's outputs."""
+    """What happened in a run.
+
+    Attributes:
+        calls: the linears' inputs, in order of calls, of a run that is not compared with another.
+        arrived: the first linear that read something else than in the run it is compared with, at which of how many
+            input coordinates: at none where other calls were made.
+        outputs: what the model returned; None where it failed.
+    """
 
     calls: list[tuple[str, Tensor]] = field(default_factory=list)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-class _Arrived(Exception):  # noqa: N818 - no error: a run is over as soon as it has shown what it was for
-    """A disturbance reached a linear: at which of how many input coordinates; at none where other calls are made."""
-
-    def __init__(self, path: str, columns: tuple[int, ...], width: int) -> None:
-        super().__init__(path)
-        self.path, self.columns, self.width = path, columns, width
+    arrived: tuple[str, tuple[int, ...], int] | None = None
+    outputs: dict[str, Tensor] | None = field(default_factory=dict)
 
 
 class Oracle:
@@ -82,10 +82,9 @@ class Oracle:
         self.model, self.inputs = model, inputs
         self.linears = linears(model)
         self.tolerance = TOLERANCE[next(p.dtype for p in model.parameters() if p.is_floating_point())]
+        self.plain = _Seen()
         self.plain = self._run()
         self.called = list(dict.fromkeys(path for path, _ in self.plain.calls))
-        self._hidden: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = {}
-        self._read: dict[str, bool] = {}
 
     def probe(self, producer: str) -> Probe:
         """Disturb the first channel of a linear, and the middle one if that cannot go: fused weights hold several."""
@@ -104,14 +103,14 @@ class Oracle:
         return int(weight.shape[1 if isinstance(module, Conv1D) else 0])
 
     def _probe(self, producer: str, channel: int) -> Probe:
-        """Disturb a channel, stop at the first linear that sees it, and ask whether zeros there would hide it."""
-        try:
-            self._run(edit=self._disturb(producer, channel), limit=producer, stop=True)
-        except _Arrived as arrived:
-            path, columns = arrived.path, arrived.columns
-            hides = 0 < len(columns) < arrived.width and self._hides(producer, channel, path, columns)
-            return Probe(producer, channel, path, columns, prunable=hides)
-        return Probe(producer, channel, "", (), prunable=False)
+        """Disturb a channel, see which linear reads it first, and ask whether it reaches the output past that one."""
+        edit = self._disturb(producer, channel)
+        loud = self._run(edit, producer)
+        path, columns, width = loud.arrived or ("", (), 0)
+        prunable = 0 < len(columns) < width and not self._same(loud.outputs)
+        if prunable:
+            prunable = self._same(self._run(edit, producer, hold=(path, columns)).outputs)
+        return Probe(producer, channel, path, columns, prunable=prunable)
 
     def _columns(self, path: str, before: Tensor, after: Tensor) -> tuple[int, ...]:
         """Return the input coordinates of a linear at which two runs differ."""
@@ -126,29 +125,13 @@ class Oracle:
         scale = float(finite.max()) if finite.numel() else 1.0
         return ~same & ~((before - after).abs() <= self.tolerance * (1e-3 + scale))
 
-    def _hides(self, producer: str, channel: int, consumer: str, columns: tuple[int, ...]) -> bool:
-        """Hold input coordinates at zero, with and without the disturbance, and compare what the model returns."""
-        key = (consumer, columns)
-        if key not in self._hidden:
-            self._hidden[key] = self._run(zero=key).outputs
-        quiet = self._hidden[key]
-        loud = self._run(edit=self._disturb(producer, channel), limit=producer, zero=key).outputs
-        if quiet.keys() != loud.keys():
+    def _same(self, other: Mapping[str, Tensor] | None) -> bool:
+        """Tell whether a run returned what the plain one did."""
+        plain = self.plain.outputs
+        assert plain is not None
+        if other is None or any(name not in other or other[name].shape != plain[name].shape for name in plain):
             return False
-        return self._same(quiet, loud) and not self._dead(producer, channel)
-
-    def _dead(self, producer: str, channel: int) -> bool:
-        """Tell whether nothing that the model returns depends on a channel: there is nothing to hide."""
-        if producer not in self._read:
-            loud = self._run(edit=self._disturb(producer, channel), limit=producer).outputs
-            self._read[producer] = not self._same(self.plain.outputs, loud)
-        return not self._read[producer]
-
-    def _same(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-        """Tell whether two runs return the same."""
-        if any(first[name].shape != second[name].shape for name in first):
-            return False
-        return not any(bool(self._differs(first[name], second[name]).any()) for name in first)
+        return not any(bool(self._differs(plain[name], other[name]).any()) for name in plain)
 
     def _disturb(self, producer: str, channel: int) -> Callable[[str, Tensor], Tensor]:
         """Return an edit of the producer's output: larger than what is there, of both signs."""
@@ -169,48 +152,47 @@ class Oracle:
         self,
         edit: Callable[[str, Tensor], Tensor] | None = None,
         limit: str = "",
-        zero: tuple[str, tuple[int, ...]] | None = None,
-        *,
-        stop: bool = False,
+        hold: tuple[str, tuple[int, ...]] | None = None,
     ) -> _Seen:
-        """Run the model; edit what one linear returns, and zero coordinates of what another one reads.
-
-        With ``stop``, raise `_Arrived` at the first linear that reads something else than in the plain run.
-        """
+        """Run the model; edit what one linear returns, and hold coordinates of what another one reads as they were."""
         seen = _Seen()
         handles = []
-        plain = iter(self.plain.calls) if stop else iter(())
+        plain = iter(self.plain.calls if edit is not None else ())
 
         def compare(path: str, value: Tensor) -> None:
             other, expected = next(plain, ("", value))
             if path != other or expected.shape != value.shape:
-                raise _Arrived(path, (), 0)
-            columns = self._columns(path, expected, value)
-            if columns:
-                raise _Arrived(path, columns, value.shape[_axis(self.linears[path])])
+                seen.arrived = (path, (), 0)
+            elif columns := self._columns(path, expected, value):
+                seen.arrived = (path, columns, value.shape[_axis(self.linears[path])])
+
+        held = iter([value for path, value in self.plain.calls if path == hold[0]] if hold is not None else ())
 
         def before(path: str) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
                 value = args[0]
-                if zero is not None and path == zero[0]:
-                    value = value.clone()
-                    index = torch.tensor(zero[1])
-                    value.index_fill_(value.ndim + _axis(module), index, 0)
-                    return (value, *args[1:])
-                if stop:
-                    compare(path, value)
-                elif zero is None and edit is None:
+                if edit is None:
                     seen.calls.append((path, value.detach().clone()))
+                elif hold is None and seen.arrived is None:
+                    compare(path, value)
+                elif hold is not None and path == hold[0]:
+                    index, axis = torch.tensor(hold[1]), value.ndim + _axis(module)
+                    return (value.index_copy(axis, index, next(held).index_select(axis, index)), *args[1:])
                 return None
 
             return hook
 
         for path, module in self.linears.items():
-            handles.append(module.register_forward_pre_hook(before(path)))
+            if hold is None or path == hold[0]:
+                handles.append(module.register_forward_pre_hook(before(path)))
             if edit is not None and path == limit:
                 handles.append(module.register_forward_hook(lambda m, a, out, path=path: edit(path, out)))
         try:
             seen.outputs = outputs(self.model, self.inputs)
+        except Exception:
+            if edit is None:
+                raise
+            seen.outputs = None  # what was disturbed may lead where the model cannot go
         finally:
             for handle in handles:
                 handle.remove()

@@ -8,7 +8,22 @@ from typing import Any
 from benchmarks.zoo.check import Form, Row
 
 BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
-HEAD = ("model", "class", "sites", "oracle", "`slim`", "`compile`", "generates", "survives", "s", "what is missing")
+HEAD = (
+    "model",
+    "class",
+    "sites",
+    "oracle",
+    "outputs",
+    "`slim`",
+    "`compile`",
+    "generates",
+    "survives",
+    "s",
+    "what is missing",
+)
+
+SHOWN = 3
+"""How many outputs of a case the table names."""
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
@@ -21,6 +36,10 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
         "narrowed": {form: sum(row.passes(form) for row in rows) for form in forms},
         "narrowed or in place": {form: sum(row.passes(form, in_place=True) for row in rows) for form in forms},
         "wrong": sum(made.outcome == "wrong" for row in rows for made in (row.slim, row.compile)),
+        "nothing": sum("nothing" in (row.slim.outcome, row.compile.outcome) for row in rows),
+        "without sites": sum(not row.sites and not row.error for row in rows),
+        "outputs": {form: sum(len(getattr(row, form).outputs) for row in rows) for form in forms},
+        "mute": {form: sum(len(getattr(row, form).mute) for row in rows) for form in forms},
         "prunable": prunable,
         "in sites": sum(row.found for row in rows),
         "smaller": {form: sum(getattr(row, form).narrowed for row in rows) for form in forms},
@@ -41,10 +60,11 @@ def summary(rows: Sequence[Row]) -> str:
     smaller = " | ".join(_share(t["smaller"][form], prunable) for form in ("slim", "compile"))
     found = f"oracle: {t['prunable']}, in sites: {_share(t['in sites'], prunable)}"
     lines.append(f"| prunable linears ({found}) that got smaller | {smaller} |")
-    lines += [
-        "",
-        f"Wrong answers: {t['wrong']}. Seconds on one core: {t['seconds']} in all, {t['slowest']:g} for the slowest.",
-    ]
+    told = " | ".join(f"{t['outputs'][form]} of {t['outputs'][form] + t['mute'][form]}" for form in ("slim", "compile"))
+    lines.append(f"| outputs that were compared and whose numbers are not all the same | {told} |")
+    empty = f"Nothing could be compared in {t['nothing']} cases, and no site was found in {t['without sites']}."
+    lines += ["", f"Wrong answers: {t['wrong']}. {empty}"]
+    lines += ["", f"Seconds on one core: {t['seconds']} in all, {t['slowest']:g} for the slowest."]
     return "\n".join(lines)
 
 
@@ -63,9 +83,16 @@ def _cells(row: Row) -> tuple[str, ...]:
     sites = ", ".join(f"{count} {kind}" for kind, count in sorted(row.sites.items()))
     oracle = f"{row.found}/{row.prunable}" if row.prunable else ""
     missing = row.failure().replace("|", "/")
-    forms = (_form(row.slim), _form(row.compile))
+    keys = [_key(key) for key in row.slim.outputs or row.compile.outputs]
+    outputs = ", ".join([*keys[:SHOWN], *([f"{len(keys) - SHOWN} more"] if len(keys) > SHOWN else [])])
+    forms = (outputs, _form(row.slim), _form(row.compile))
     generates = row.generates.partition(":")[0]
     return (row.name, row.model, sites, oracle, *forms, generates, row.survives[:3], f"{row.seconds:.1f}", missing)
+
+
+def _key(key: str) -> str:
+    """Write an output's place with dots."""
+    return key.strip("[]'.").replace("'][", ".").replace("][", ".").replace("'", "")
 
 
 def _form(form: Form) -> str:

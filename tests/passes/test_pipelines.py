@@ -27,9 +27,9 @@ def test_the_table_of_contents() -> None:
     inspect = ["Trace", "Annotate", "Find", "Name", "Order"]
     assert _names(lines.inspecting()) == inspect
     assert _names(lines.choosing(Request())) == [*inspect, "Choose"]
-    slim = lines.narrowing(Request(ffn=0.5), given_plan=False, last=lines.slim_passes())
+    slim = lines.narrowing(Request(ffn=0.5), (lines.Subject,), last=lines.slim_passes())
     assert _names(slim) == [*inspect, "Choose", "Take", "Refer", "NarrowModule", "Verify", "Account"]
-    given = lines.narrowing(Request(), given_plan=True, last=lines.compile_passes())
+    given = lines.narrowing(Request(), (lines.Subject, Plan), last=lines.compile_passes())
     last = ["Reread", "Pad", "Take", "Refer", "NarrowGraph", "Verify", "Account"]
     assert _names(given) == ["Trace", "Follow", *inspect[1:], *last]
 
