@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxslim.errors import FxslimError
     from fxslim.hf import from_pretrained, save_pretrained
     from fxslim.plan import Plan
+    from fxslim.targets import macs, memory, params, speedup
     from fxslim.transcript import Transcript
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOMES = MappingProxyType(
         **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
         **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
         "FxslimError": "fxslim.errors",
+        **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
         "Transcript": "fxslim.transcript",
     }
@@ -45,10 +47,14 @@ __all__ = [
     "errors",
     "from_pretrained",
     "inspect",
+    "macs",
     "masked",
+    "memory",
+    "params",
     "plan",
     "save_pretrained",
     "slim",
+    "speedup",
     "timer",
     "verify",
 ]

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from fxslim.analysis import Analysis, state_of
-from fxslim.errors import InputError, RequestError, VerifyError
+from fxslim.asked import Asked, Wanted, globs, wanted
+from fxslim.errors import InputError, PlanError, VerifyError
 from fxslim.inputs import bind
 from fxslim.passes import pipelines as lines
+from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put
 from fxslim.passes.choose import Request, select
 from fxslim.passes.emit import CompiledModule
 from fxslim.passes.mask import masked as _masked
@@ -65,7 +68,7 @@ def inspect(
     """
     facts = _run(lines.inspecting(), Facts().adding(_subject(model, example_inputs)), observer)
     sites, program = facts.get(Sites), facts.get(Program)
-    request = Request(include=_globs(include), skip=_globs(skip))
+    request = Request(include=globs(include), skip=globs(skip))
     chosen = select(sites.sites, request)[0] if request.include or request.skip else list(sites.sites)
     names = [site.name for site in chosen]
     return Inspection(
@@ -82,42 +85,34 @@ def plan(
     model: Model,
     example_inputs: Any = None,
     *,
-    ffn: float = 0.0,
-    heads: float = 0.0,
-    kv_groups: float = 0.0,
-    experts: float = 0.0,
-    value: float = 0.0,
-    round_to: int = 1,
-    include: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
+    progress: bool = False,
     observer: Observer | None = None,
+    **asked: Unpack[Asked],
 ) -> Plan:
-    """Choose what to take out, by the magnitude of everything that a unit owns; exact zeros go first.
+    """Choose what to take out: by what calibration data shows, or by the magnitude of everything that a unit owns.
 
     Without a request the plan takes out only what does nothing: units whose columns in every consumer are zero, and
-    units whose value is the same for every input, where the consumers' biases can take it up.
+    units whose value is the same for every input, where the consumers' biases can take it up. A plan holds no weights:
+    to repair what is left, give it to `slim` together with the calibration data.
 
     Args:
         model: see `inspect`; or what `inspect` returned, in the place of model and inputs, so that a model that has not
             changed since is not traced again.
         example_inputs: see `inspect`.
-        ffn: fraction of the channels of every feed-forward site.
-        heads: fraction of the query heads of every attention site, equally many per key/value group.
-        kv_groups: fraction of whole key/value groups.
-        experts: fraction of the experts that every router selects from, equally many per routing group.
-        value: fraction of the value channels of every attention whose heads do not go, equally many per head.
-        round_to: round the kept number of rows in each consumer up to a multiple.
-        include: globs over module paths: only there; task heads only where included.
-        skip: globs over module paths: not there.
+        progress: show a progress bar.
         observer: called after every pass.
+        **asked: fractions or a target, and how to choose: see `fxslim.asked.Asked`.
 
     Raises:
-        RequestError: a fraction is out of range, or a glob matches nothing.
+        RequestError: a fraction is out of range, a glob matches nothing, a budget cannot be reached, or keywords
+            contradict each other.
         InputError: a weight holds NaN; otherwise as `inspect`.
     """
-    request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
+    want = wanted(asked)
     known = _known(model, example_inputs)
-    return _run(lines.choosing(request, tuple(known.known)), known, observer).get(Plan)
+    if want.recipe is not None:
+        return _calibrated(known, want, observer, progress=progress)[1]
+    return _run(lines.choosing(want.request, tuple(known.known)), known, observer, progress=progress).get(Plan)
 
 
 def slim(
@@ -125,35 +120,21 @@ def slim(
     example_inputs: Any = None,
     *,
     plan: Plan | None = None,
-    ffn: float = 0.0,
-    heads: float = 0.0,
-    kv_groups: float = 0.0,
-    experts: float = 0.0,
-    value: float = 0.0,
-    round_to: int = 1,
-    include: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
     inplace: bool = False,
     progress: bool = False,
     observer: Observer | None = None,
+    **asked: Unpack[Asked],
 ) -> nn.Module:
     """Return the model's own class with narrowed weights, verified against the masked model.
 
     Args:
         model: see `plan`. It is not changed unless ``inplace``, and in no case when anything fails.
         example_inputs: see `inspect`.
-        plan: what to take out; instead of a request.
-        ffn: see `plan`, as all other requests.
-        heads: see `plan`.
-        kv_groups: see `plan`.
-        experts: see `plan`.
-        value: see `plan`.
-        round_to: see `plan`.
-        include: see `plan`.
-        skip: see `plan`.
+        plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired.
         inplace: narrow the model itself and return it.
         progress: show a progress bar over the passes.
         observer: called after every pass.
+        **asked: fractions or a target, and how to choose: see `fxslim.asked.Asked`.
 
     Returns:
         A module whose ``.fxslim`` holds the plan (with the edits that were found) and the report.
@@ -161,21 +142,26 @@ def slim(
     Raises:
         VerifyError: masked and narrowed differ; otherwise as `plan`, and PlanError for a plan of another model.
     """
-    request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
-    lossless = plan is None and request.lossless
-    _check(plan, request)
+    want = wanted(asked, planned=plan is not None)
+    lossless = plan is None and want.request.lossless and want.recipe is None
+    _check(plan, want)
     known = _known(model, example_inputs)
     clock = _Clock()
     known = _run(lines.inspecting(tuple(known.known)), known, observer, clock, progress=progress)
     dense = known.get(lines.Subject).original
+    repaired: Repaired | None = None
+    if want.recipe is not None:
+        known, plan, repaired = _calibrated(known, want, observer, plan=plan, progress=progress)
     quick, thorough = (lines.slim_passes(thorough=t, lossless=lossless) for t in (False, True))
     try:
-        small, record = _narrow(known, plan, request, quick, progress, observer, clock)
+        small, record = _narrow(known, plan, want.request, quick, progress, observer, clock)
     except VerifyError:
-        small, record = _narrow(known, plan, request, thorough, progress, observer, clock)
+        small, record = _narrow(known, plan, want.request, thorough, progress, observer, clock)
     if inplace:
         settle(dense)
+        put(dense, {} if repaired is None else repaired.tensors)
         small = replay(dense, record.plan)
+    record = _recorded(record, repaired)
     earlier = getattr(dense, "fxslim", None)
     if isinstance(earlier, Record):  # narrowed before: say what was done to the dense model
         record = dataclasses.replace(record, plan=earlier.plan.then(record.plan))
@@ -191,17 +177,10 @@ def compile(
     example_inputs: Any = None,
     *,
     plan: Plan | None = None,
-    ffn: float = 0.0,
-    heads: float = 0.0,
-    kv_groups: float = 0.0,
-    experts: float = 0.0,
-    value: float = 0.0,
-    round_to: int = 1,
-    include: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
     narrow: bool = True,
     progress: bool = False,
     observer: Observer | None = None,
+    **asked: Unpack[Asked],
 ) -> nn.Module:
     """Return a narrowed ``torch.fx.GraphModule``, called like the model, with the same (cache-free) outputs.
 
@@ -211,18 +190,11 @@ def compile(
     Args:
         model: see `plan`. It is not changed.
         example_inputs: see `inspect`.
-        plan: what to take out; instead of a request.
-        ffn: see `plan`, as all other requests.
-        heads: see `plan`.
-        kv_groups: see `plan`.
-        experts: see `plan`.
-        value: see `plan`.
-        round_to: see `plan`.
-        include: see `plan`.
-        skip: see `plan`.
+        plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired.
         narrow: False to insert masks and take nothing out.
         progress: show a progress bar over the passes.
         observer: called after every pass.
+        **asked: fractions or a target, and how to choose: see `fxslim.asked.Asked`.
 
     Returns:
         A GraphModule (or a module with graphs inside) whose ``.fxslim`` holds the plan and the report; for inference.
@@ -230,10 +202,15 @@ def compile(
     Raises:
         VerifyError: masked and narrowed differ; otherwise as `slim`.
     """
-    request = _request(ffn, heads, kv_groups, experts, value, round_to, include, skip)
-    last = lines.compile_passes(narrow=narrow, lossless=plan is None and request.lossless)
-    _check(plan, request)
-    graph, record = _narrow(_known(model, example_inputs), plan, request, last, progress, observer, _Clock())
+    want = wanted(asked, planned=plan is not None)
+    _check(plan, want)
+    last = lines.compile_passes(narrow=narrow, lossless=plan is None and want.request.lossless and want.recipe is None)
+    known, clock = _known(model, example_inputs), _Clock()
+    repaired: Repaired | None = None
+    if want.recipe is not None:
+        known, plan, repaired = _calibrated(known, want, observer, plan=plan, progress=progress)
+    graph, record = _narrow(known, plan, want.request, last, progress, observer, clock)
+    record = _recorded(record, repaired)
     if isinstance(graph, CompiledModule):
         graph.meta["fxslim"] = record
     else:
@@ -269,6 +246,8 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
     """
     if not isinstance(plan, Plan):
         raise InputError(f"plan= takes a fxslim Plan, not {type(plan).__name__}.")
+    if plan.weights_changed:
+        raise PlanError("the plan repaired weights: nothing but its own report says how masked and narrowed compare.")
     what = _subject(model, example_inputs)
     candidates = bind(what.model, example_inputs)
     filled = lines.MASKS if example_inputs is None else frozenset()
@@ -294,11 +273,44 @@ def _known(model: Model, example_inputs: Any) -> Facts:
     return kept.facts.adding(subject, rebound(kept.facts.get(Program), subject.model))
 
 
-def _check(plan: Plan | None, request: Request) -> None:
+def _check(plan: Plan | None, want: Wanted) -> None:
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan= takes a fxslim Plan, not {type(plan).__name__}.")
-    if plan is not None and request.asked():
-        raise InputError(f"give either plan= or a request, not both: {sorted(request.asked())} came with a plan.")
+    if plan is not None and (want.request.asked() or (want.recipe is not None and want.recipe.targets)):
+        given = sorted({*want.request.asked(), *(["target"] if want.recipe and want.recipe.targets else [])})
+        raise InputError(f"give either plan= or a request, not both: {given} came with a plan.")
+
+
+def _calibrated(
+    known: Facts, want: Wanted, observer: Observer | None, *, plan: Plan | None = None, progress: bool = False
+) -> tuple[Facts, Plan, Repaired]:
+    """Choose on calibration data, and repair.
+
+    Returns:
+        What is known of the repaired model, the plan, and what was repaired.
+    """
+    subject = known.get(lines.Subject)
+    data = want.read(subject.original)
+    if data is not None and Program not in known.known and subject.example_inputs is None:
+        subject = dataclasses.replace(subject, example_inputs=dict(data.example))
+        known = known.adding(subject)
+    assert want.recipe is not None
+    pipeline = calibrating(tuple(known.known), Calibrate(want.request, want.recipe, data, plan, progress))
+    facts = _run(pipeline, known, observer)
+    made, repaired = facts.get(Plan), facts.get(Repaired)
+    after = dataclasses.replace(subject, original=repaired.model, model=repaired.model)
+    kept = {kind: fact for kind, fact in facts.known.items() if kind not in (Plan, Repaired)}
+    facts = Facts(kept).adding(after, rebound(facts.get(Program), repaired.model))
+    return facts, made, repaired
+
+
+def _recorded(record: Record, repaired: Repaired | None) -> Record:
+    """Say in a record what was repaired."""
+    if repaired is None:
+        return record
+    plan = record.plan.model_copy(update={"weights_changed": bool(repaired.tensors)})
+    report = dataclasses.replace(record.report, plan=plan, fits=repaired.fits, tokens=repaired.tokens)
+    return Record(plan, report)
 
 
 @dataclasses.dataclass
@@ -373,26 +385,3 @@ def _subject(model: nn.Module, example_inputs: Any) -> lines.Subject:
     if isinstance(example_inputs, Plan):
         raise InputError("a plan was given in the place of example_inputs; pass it as plan=.")
     return lines.subject(model, example_inputs)
-
-
-def _request(
-    ffn: float,
-    heads: float,
-    kv_groups: float,
-    experts: float,
-    value: float,
-    round_to: int,
-    include: str | Iterable[str] | None,
-    skip: str | Iterable[str] | None,
-) -> Request:
-    return Request(ffn=ffn, heads=heads, kv_groups=kv_groups, experts=experts, value=value, round_to=round_to,
-                   include=_globs(include), skip=_globs(skip))  # fmt: skip
-
-
-def _globs(given: str | Iterable[str] | None) -> tuple[str, ...]:
-    if given is None:
-        return ()
-    globs = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise RequestError(f"include= and skip= take globs over module paths, not {given!r}.")
-    return globs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from typing import Any
 
 import networkx as nx
@@ -111,6 +112,34 @@ def _below(where: str, name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What was done at one site.
+
+    Attributes:
+        site: its name.
+        kind: its kind.
+        units: how many units it has.
+        kept: how many stay.
+        damage: what was expected of this to the output: KL divergence, or relative squared error; NaN where nothing
+            was measured.
+        error: error of what it returns, on rows that were not fitted, relative to the target; NaN without repair.
+        plain: the same without repair.
+        how: how it was repaired.
+        ridge: with which ridge.
+    """
+
+    site: str
+    kind: str
+    units: int
+    kept: int
+    damage: float = nan
+    error: float = nan
+    plain: float = nan
+    how: str = ""
+    ridge: float = nan
+
+
+@dataclass(frozen=True)
 class Report:
     """What was done to a model.
 
@@ -124,6 +153,8 @@ class Report:
         not_done: what was asked for and not done, with its reason.
         notes: what the user should know about the result.
         seconds: pass -> wall time.
+        fits: how what is left was fitted on calibration data, site by site.
+        tokens: how many tokens of calibration data that were.
     """
 
     parameters_before: int
@@ -135,6 +166,8 @@ class Report:
     not_done: tuple[Note, ...] = ()
     notes: tuple[Note, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    fits: tuple[Fit, ...] = ()
+    tokens: int = 0
 
     @property
     def sites(self) -> tuple[dict[str, Any], ...]:
@@ -155,6 +188,11 @@ class Report:
             "not_done": [note.model_dump() for note in self.not_done],
             "notes": [note.model_dump() for note in self.notes],
             "seconds": self.seconds,
+            "fits": [
+                {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(fit).items()}
+                for fit in self.fits
+            ],
+            "tokens": self.tokens,
         }
 
     def __str__(self) -> str:
@@ -167,12 +205,23 @@ class Report:
         ]
         rows = [(s["name"], s["kind"], s["kept"], s["units"]) for s in self.sites]
         parts = [table(("", "before#", "after#", "left#"), totals)]
-        if rows:
+        if self.fits:
+            parts.append(_fits(self.fits, self.tokens))
+        elif rows:
             parts.append(table(("site", "kind", "kept#", "of#"), rows))
         parts.append(str(self.verification))
         parts.extend(f"not done: {note.where}: {note.reason}" for note in self.not_done)
         parts.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
         return "\n".join(parts)
+
+
+def _fits(fits: tuple[Fit, ...], tokens: int) -> str:
+    def number(value: float) -> str:
+        return f"{value:.2g}" if isfinite(value) else ""
+
+    rows = [(f.site, f.kind, f.kept, f.units, number(f.damage), number(f.plain), number(f.error), f.how) for f in fits]
+    columns = ("site", "kind", "kept#", "of#", "damage#", "sliced#", "repaired#", "")
+    return table(columns, rows, title=f"chosen on {tokens} tokens; errors are of rows that were not fitted")
 
 
 @dataclass(frozen=True)

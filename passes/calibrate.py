@@ -16,7 +16,7 @@ from fxslim.passes.annotate import Labels
 from fxslim.passes.choose import FFN, Choice, Request, choose, select
 from fxslim.passes.fitting.budget import Price
 from fxslim.passes.fitting.fit import Fit, Recipe, fit
-from fxslim.passes.pipelines import INSPECT, Subject, cut_of, new_plan
+from fxslim.passes.pipelines import Subject, check_plan, cut_of, inspecting, new_plan
 from fxslim.passes.rewrite import example_macs_graph
 from fxslim.passes.sites import Sites
 from fxslim.pipeline import Facts, Pipeline
@@ -31,13 +31,13 @@ class Repaired:
 
     Attributes:
         model: the model.
-        changed: names of the tensors that are its own.
+        tensors: canonical name -> tensors that are its own.
         fits: what was done, site by site.
         tokens: how many tokens were looked at.
     """
 
     model: nn.Module
-    changed: frozenset[str]
+    tensors: Mapping[str, torch.Tensor]
     fits: tuple[Fit, ...]
     tokens: int
 
@@ -50,12 +50,14 @@ class Calibrate:
         request: fractions, globs.
         recipe: how to choose and repair.
         data: calibration data, or None.
+        plan: a plan that is repaired as it is, or None.
         progress: whether to show a progress bar.
     """
 
     request: Request
     recipe: Recipe
     data: Calibration | None
+    plan: Plan | None = None
     progress: bool = False
 
     requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites)
@@ -72,9 +74,11 @@ class Calibrate:
             )
         if any(tensor.device.type == "meta" for tensor in program.tensors.values()):
             raise UnsupportedModelError("the weights are on meta: choosing by data needs them.")
+        if self.plan is not None:
+            check_plan(self.plan, model)
         choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused)
         reached = [site for site in select(sites.sites, self.request)[0] if _reached(site)]
-        asked = {part.site.name: part for part in choice.sites}
+        asked = {part.site.name: part for part in (choice.sites if self.plan is None else self.plan.sites)}
         if not self.recipe.targets:
             reached = [site for site in reached if site.name in asked]
 
@@ -82,13 +86,12 @@ class Calibrate:
             return macs(example_macs_graph(program, cut_of(labels, sites, parts))).total
 
         made = fit(program, reached, self.recipe, self.data, _price(model, program, count), asked,
-                   progress=self.progress)  # fmt: skip
+                   fixed=self.plan is not None, progress=self.progress)  # fmt: skip
         notes = (*(() if self.recipe.targets else choice.notes), *made.notes, *_weak(self.recipe, self.data))
-        plan = new_plan(model, Choice(made.parts, notes), self.request)
+        plan = self.plan or new_plan(model, Choice(made.parts, notes), self.request)
         plan = plan.model_copy(update={"requested": {**plan.requested, **requested(self.recipe)}})
         tokens = self.data.tokens if self.data is not None else 0
-        changed = frozenset(made.tensors)
-        return facts.adding(plan, Repaired(_with(model, made.tensors), changed, made.fits, tokens))
+        return facts.adding(plan, Repaired(_with(model, made.tensors), made.tensors, made.fits, tokens))
 
 
 def requested(recipe: Recipe) -> dict[str, str | tuple[str, ...]]:
@@ -97,9 +100,10 @@ def requested(recipe: Recipe) -> dict[str, str | tuple[str, ...]]:
     return asked | ({"target": tuple(map(str, recipe.targets))} if recipe.targets else {})
 
 
-def calibrating(request: Request, recipe: Recipe, data: Calibration | None, *, progress: bool = False) -> Pipeline:
-    """Return the pipeline that chooses and repairs."""
-    return Pipeline((*INSPECT, Calibrate(request, recipe, data, progress)), given=(Subject,))
+def calibrating(given: tuple[type, ...], last: Calibrate) -> Pipeline:
+    """Return the pipeline that chooses and repairs what is given."""
+    passes = inspecting(given).passes
+    return Pipeline((*passes, last), given=given)
 
 
 def _reached(site: Site) -> bool:

@@ -43,12 +43,14 @@ LAYERS: tuple[frozenset[str], ...] = (
             "report",
             "count",
             "timer",
+            "targets",
+            "calibration",
             "folder",
             "transcript",
         }
     ),
     frozenset({"passes"}),
-    frozenset({"api"}),
+    frozenset({"asked", "api"}),
     frozenset({"hf", "cli", "demo"}),
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""

@@ -16,7 +16,7 @@ from fxslim.passes.choose import measure
 from fxslim.passes.fitting.budget import Level, Price, allocate, level_steps, slopes, within
 from fxslim.passes.fitting.consumers import Consumer, consumers
 from fxslim.passes.fitting.curve import Curve, items
-from fxslim.passes.fitting.moments import Moments, Sums
+from fxslim.passes.fitting.moments import Moments
 from fxslim.passes.fitting.observe import Gradients, Rows, gradients, rows_of, sums
 from fxslim.passes.fitting.outputs import divergence
 from fxslim.passes.fitting.refit import Refit, refit
@@ -26,6 +26,7 @@ from fxslim.passes.methods import GRADIENTS, METHODS, WEIGHTS
 from fxslim.passes.views import Views
 from fxslim.plan import Note, Site, SitePlan, units_by_group
 from fxslim.program import Program
+from fxslim.report import Fit
 from fxslim.targets import Target
 
 PROBES = (0.25, 0.5, 0.75)
@@ -53,34 +54,6 @@ class Recipe:
     targets: tuple[Target, ...] = ()
     round_to: int = 1
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What was done at one site.
-
-    Attributes:
-        site: its name.
-        kind: its kind.
-        units: how many units it has.
-        kept: how many stay.
-        damage: what was expected of this to the output: KL divergence, or relative squared error; NaN where nothing
-            was measured.
-        error: error of what it returns, on rows that were not fitted, relative to the target; NaN without repair.
-        plain: the same without repair.
-        how: how it was repaired.
-        ridge: with which ridge.
-    """
-
-    site: str
-    kind: str
-    units: int
-    kept: int
-    damage: float = math.nan
-    error: float = math.nan
-    plain: float = math.nan
-    how: str = ""
-    ridge: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -138,6 +111,7 @@ def fit(
     price: Price,
     asked: Mapping[str, SitePlan],
     *,
+    fixed: bool = False,
     progress: bool = False,
 ) -> Fitted:
     """Choose what stays, and repair it.
@@ -149,6 +123,7 @@ def fit(
         data: calibration data; None for methods that look at weights alone.
         price: what a model costs.
         asked: how many units each site is asked to keep (which ones is decided here); unused with targets.
+        fixed: whether which ones is decided already.
         progress: whether to show a progress bar.
     """
     views = Views(program)
@@ -156,16 +131,20 @@ def fit(
     names = list(subjects.sites)
     repairs = recipe.repair and data is not None
     with _bar(len(names) * (1 + repairs), visible=progress) as tick:
-        if data is not None:
+        if fixed:
+            pass
+        elif data is not None:
             _look(program, subjects, recipe, data, tick)
         else:
             _weigh(program, subjects, recipe)
         chosen = _by_targets(subjects, recipe, price) if recipe.targets else _by_counts(subjects, asked)
+        before = dict(asked) if fixed else {part.site.name: part for part in _parts(subjects, chosen)}
         others = tuple(part for name, part in asked.items() if name not in subjects.sites and not recipe.targets)
         if not repairs or data is None:
-            fits = tuple(_fit_of(subjects, part, chosen) for part in _parts(subjects, chosen))
-            return Fitted((*_parts(subjects, chosen), *others), fits=fits, notes=tuple(notes))
-        repaired, tensors, fits = _repair(program, subjects, recipe, data, chosen, tick)
+            own = [before[name] for name in names if name in before]
+            fits = tuple(_fit_of(subjects, part, chosen) for part in own)
+            return Fitted((*own, *others), fits=fits, notes=tuple(notes))
+        repaired, tensors, fits = _repair(program, subjects, recipe, data, before, {} if fixed else chosen, tick)
     return Fitted((*repaired, *others), tensors, fits, tuple(notes))
 
 
@@ -217,25 +196,26 @@ def _look(program: Program, subjects: Subjects, recipe: Recipe, data: Calibratio
     tape = Tape(program, inputs, program.tensors)
     probe = _Probe(tape, rows, data, len(subjects.sites)) if recipe.targets and not recipe.uniform else None
     for name, site in subjects.sites.items():
-        reads = []
+        reads, halves = [], []
         for consumer in subjects.reads[name]:
             weight = consumer.matrix(program.tensors)
             seen_sums = sums(tape, consumer, rows, None, 0)
-            moments = _own_targets(seen_sums, weight, centred=consumer.bias is not None)
-            reads.append(Read(consumer, moments, weight))
-        own = slopes_.get(name, Gradients(np.zeros(site.units), np.zeros(site.units)))
-        seen = Seen(site, measure(site, program.tensors).scores, tuple(reads), own.first, own.second, recipe.seed)
+            centred = consumer.bias is not None
+            own = [_own_targets(seen_sums.moments(part, centred=centred), weight) for part in (None, 0, 1)]
+            reads.append(Read(consumer, own[0], weight))
+            halves.append((own[1], own[2]))
+        bent = slopes_.get(name, Gradients(np.zeros(site.units), np.zeros(site.units)))
+        seen = Seen(site, measure(site, program.tensors).scores, tuple(reads), bent.first, bent.second, recipe.seed)
         for groups in _choices(site):
             curve = METHODS[recipe.method](seen, items(site, groups=groups))
             subjects.curves[name, groups] = curve
             if probe is not None:
-                subjects.probes[name, groups] = probe.run(tape, seen, curve, repair=recipe.repair)
+                subjects.probes[name, groups] = probe.run(tape, seen, curve, halves if recipe.repair else None)
         tick(name)
 
 
-def _own_targets(seen: Sums, weight: Tensor, *, centred: bool) -> Moments:
+def _own_targets(moments: Moments, weight: Tensor) -> Moments:
     """Return moments whose targets are what the dense consumer returns."""
-    moments = seen.moments(centred=centred)
     t = moments.x @ weight
     xt = moments.xx @ weight
     return replace(moments, t=t, xt=xt, tt=float((weight * xt).sum()))
@@ -251,8 +231,17 @@ class _Probe:
         whole = tape.on(self.batches)
         self.dense = [whole.outputs(i) for i in range(len(self.batches))]
 
-    def run(self, tape: Tape, seen: Seen, curve: Curve, *, repair: bool) -> list[tuple[float, float]]:
-        """Return (error of the sum, damage to the output) after parts of the curve."""
+    def run(
+        self, tape: Tape, seen: Seen, curve: Curve, halves: Sequence[tuple[Moments, Moments]] | None
+    ) -> list[tuple[float, float]]:
+        """Return (error of the sum, damage to the output) after parts of the curve, on sequences that judge.
+
+        Args:
+            tape: the dense model, at the site.
+            seen: the site.
+            curve: its curve.
+            halves: for each consumer, moments to fit with and to judge by; None where nothing is repaired.
+        """
         found = []
         for part in PROBES:
             steps = round(part * len(curve.steps))
@@ -260,14 +249,14 @@ class _Probe:
                 continue
             keep = curve.keep(seen.site.units, steps)
             changed = dict(tape.tensors)
-            for read in seen.reads:
-                changed |= _without(read, keep, changed, repair=repair)
+            for number, read in enumerate(seen.reads):
+                changed |= _without(read, keep, changed, halves[number] if halves else None)
             apart = tape.on(self.batches)
             apart.tensors = changed
             total = weight = 0.0
             for i, batch in enumerate(self.batches):
                 mask = self.rows.mask(apart.nodes[-1], batch)
-                own, of = divergence(self.dense[i], apart.outputs(i), mask)
+                own, of = divergence(self.dense[i], apart.outputs(i), mask, self.rows.judges(batch))
                 total, weight = total + own, weight + of
             sizes = torch.tensor([total, weight], dtype=torch.float64)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -276,15 +265,18 @@ class _Probe:
         return found
 
 
-def _without(read: Read, keep: Sequence[int], tensors: Mapping[str, Tensor], *, repair: bool) -> dict[str, Tensor]:
+def _without(
+    read: Read, keep: Sequence[int], tensors: Mapping[str, Tensor], halves: tuple[Moments, Moments] | None
+) -> dict[str, Tensor]:
     """Return a consumer's tensors when some units are left, fitted to what it returned or not."""
     consumer = read.consumer
     left = _left(consumer, keep).to(read.weight.device)
-    if not repair:
+    if halves is None:
         matrix = torch.zeros_like(read.weight)
         matrix[left] = read.weight[left]
         return {consumer.weight: consumer.stored(matrix, tensors[consumer.weight])}
-    made = refit(read.moments, read.moments, read.moments, read.weight, left, torch.from_numpy(consumer.owner))
+    fitting, judging = halves
+    made = refit(fitting, judging, fitting, read.weight, left, torch.from_numpy(consumer.owner))
     return stored(consumer, made, left, tensors)
 
 
@@ -416,8 +408,9 @@ def _keep(site: Site, curves: Mapping[bool, Curve], steps: Sequence[tuple[bool, 
 
 def _fit_of(subjects: Subjects, part: SitePlan, chosen: Chosen) -> Fit:
     name = part.site.name
-    damage = sum(subjects.damage(name, groups, steps) for groups, steps in chosen[name])
-    known = any(subjects.probes.get((name, groups)) for groups, _ in chosen[name])
+    taken = chosen.get(name, ())
+    damage = sum(subjects.damage(name, groups, steps) for groups, steps in taken)
+    known = any(subjects.probes.get((name, groups)) for groups, _ in taken)
     return Fit(name, part.site.kind, part.site.units, len(part.keep), damage if known else math.nan)
 
 
@@ -426,6 +419,7 @@ def _repair(
     subjects: Subjects,
     recipe: Recipe,
     data: Calibration,
+    before: Mapping[str, SitePlan],
     chosen: Chosen,
     tick: Callable[[str], None],
 ) -> tuple[tuple[SitePlan, ...], dict[str, Tensor], tuple[Fit, ...]]:
@@ -437,7 +431,6 @@ def _repair(
     parts: list[SitePlan] = []
     fits: list[Fit] = []
     changed: dict[str, Tensor] = {}
-    before = {part.site.name: part for part in _parts(subjects, chosen)}
     for name, site in subjects.sites.items():
         tick(name)
         if name not in before:
@@ -450,7 +443,7 @@ def _repair(
             reads.append(Read(consumer, own.moments(centred=centred), weight))
             every.append(own)
         keep = before[name].keep
-        if recipe.method == "obs":
+        if recipe.method == "obs" and name in chosen:
             seen = Seen(site, np.zeros(site.units), tuple(reads), seed=recipe.seed)
             curves = {g: METHODS["obs"](seen, items(site, groups=g)) for g, _ in chosen[name]}
             keep = _keep(site, curves, chosen[name])

@@ -48,13 +48,19 @@ class Rows:
         if mask is not None and mask.numel() == count:
             counts = mask.reshape(-1).bool().to(device)
         places = torch.arange(count, device=device)
-        total = sum(_first(one) for one in self.batches)
-        if total >= 2 * JUDGE and sequences and count % sequences == 0:
-            before = sum(_first(one) for one in self.batches[:batch])
-            number = before + places // (count // sequences)
-        else:
-            number = places // CHUNK if count >= JUDGE * CHUNK else places
+        judges = self.judges(batch)
+        if judges is not None and count % sequences == 0:
+            return counts, judges.to(device)[places // (count // sequences)][counts]
+        number = places // CHUNK if count >= JUDGE * CHUNK else places
         return counts, (number % JUDGE == JUDGE - 1)[counts]
+
+    def judges(self, batch: int) -> Tensor | None:
+        """Return which sequences of a batch judge; None where there are so few that parts of them do.  (B,) bool"""
+        sizes = [_first(one) for one in self.batches]
+        if sum(sizes) < 2 * JUDGE or not sizes[batch]:
+            return None
+        number = sum(sizes[:batch]) + torch.arange(sizes[batch])
+        return number % JUDGE == JUDGE - 1
 
 
 def _first(batch: Batch) -> int:

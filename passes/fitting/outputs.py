@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits")
 
 
-def divergence(dense: Any, other: Any, mask: Tensor | None) -> tuple[float, float]:
+def divergence(dense: Any, other: Any, mask: Tensor | None, chosen: Tensor | None = None) -> tuple[float, float]:
     """Return how far an output is from the dense model's, as a sum and what to divide it by.
 
     Logits: the Kullback-Leibler divergence KL(dense || other), and the number of distributions. Anything else: the
@@ -23,10 +23,14 @@ def divergence(dense: Any, other: Any, mask: Tensor | None) -> tuple[float, floa
         dense: output of the dense model.
         other: output of the other.
         mask: 1 where a token counts, or None.  (B, S)
+        chosen: sequences that count; None for all.  (B,) bool
     """
     total = weight = 0.0
     for name, first in main(dense).items():
         second = main(other)[name]
+        if chosen is not None and len(first) == len(chosen):
+            first, second = first[chosen], second[chosen]
+            mask = mask[chosen] if mask is not None and len(mask) == len(chosen) else mask
         rows, others = _rows(first, mask).double(), _rows(second, mask).double()
         if name in LOGITS:
             own = functional.log_softmax(rows, dim=-1)
