@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -341,6 +342,38 @@ def _unseen(program: Program, vary: Vary) -> bool:
     return (first and vary.batch is None) or (rest and vary.length is None)
 
 
+def _further(program: Program, vary: Vary, seed: int = 1) -> dict[str, Any]:
+    return fresh(
+        program, seed=seed, batch=vary.batch, length=vary.length, integers=vary.integers, at=vary.at, whole=vary.whole
+    )
+
+
+NOT_SHOWN = "the model takes no other sizes of those that were tried, so that none can be verified"
+
+
+@dataclass(frozen=True)
+class Show:
+    """Look for inputs in other sizes before the work begins. Ensures: what a graph leaves open can be verified."""
+
+    requires: ClassVar[tuple[type, ...]] = (Subject, Program)
+    ensures: ClassVar[tuple[type, ...]] = ()
+
+    def run(self, facts: Facts) -> Facts:
+        """Look."""
+        program, model = facts.get(Program), facts.get(Subject).model
+        if any(p.device.type == "meta" for p in model.parameters()):
+            return facts
+        for vary in varied(program):
+            try:
+                Path(vary.name, _further(program, vary)).run(model)
+            except Exception:  # noqa: BLE001 - a model may refuse other inputs for reasons of its own
+                continue
+            if _unseen(program, vary):
+                raise VerifyError("output", float("inf"), 0.0, NOT_SHOWN)
+            break
+        return facts
+
+
 @dataclass(frozen=True)
 class Refer:
     """Run the masked dense model. Ensures: results on inputs that were not used for tracing, in other sizes.
@@ -378,8 +411,7 @@ class Refer:
                     raise
         assert made is not None
         if self.graph and _unseen(program, vary):
-            where = "the model takes no other sizes of those that were tried, so that none can be verified"
-            raise VerifyError("output", float("inf"), 0.0, where)
+            raise VerifyError("output", float("inf"), 0.0, NOT_SHOWN)
         if not made.references:
             raise UnsupportedModelError(
                 "no call leads through the parts of this model that were traced (they keep state of their own, or are "
@@ -399,9 +431,8 @@ class Refer:
 
     def _ways(self, program: Program, model: nn.Module, vary: Vary) -> tuple[Path, ...]:
         """Return the paths to run; those that a graph cannot take are left out."""
-        same: dict[str, Any] = {"integers": vary.integers, "at": vary.at, "whole": vary.whole}
-        further = fresh(program, seed=1, batch=vary.batch, length=vary.length, **same)
-        other = fresh(program, seed=2, batch=vary.one, **same)
+        further = _further(program, vary)
+        other = _further(program, dataclasses.replace(vary, batch=vary.one, length=None), seed=2)
         if not vary.integers:  # one of many that are tried
             Path(vary.name, further).run(model)
         ways = (
@@ -658,5 +689,5 @@ def narrowing(request: Request, given: Kinds, *, last: tuple[Pass, ...], open_ax
     choice = CHECK_PLAN if Plan in given else (Choose(request), Take())
     if makes_graph(last):  # what follows the model's dtype changes the graph, so that it is labelled afterwards
         trace = _unknown((Trace(open_axes),), given)
-        return Pipeline((*trace, Follow(), *INSPECT[1:], *choice, *last), given=given)
+        return Pipeline((*trace, Show(), Follow(), *INSPECT[1:], *choice, *last), given=given)
     return Pipeline((*_unknown(INSPECT, given), *choice, *last), given=given)

@@ -297,6 +297,8 @@ def _gather(
             raise NarrowError(f"{operation(old)}: a table would have to be gathered differently in every group")
         if torch.equal(wanted, present):
             continue
+        if len(wanted) == value.shape[axis] and len(present) == operand.shape[own]:
+            continue  # nothing goes: sizes that data decide have no true examples
         if is_symbolic(old.meta["val"].shape[axis]):
             period = _period(cut, value, axis)
             wanted, present = wanted[wanted < period], present[present < period]

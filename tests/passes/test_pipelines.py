@@ -31,7 +31,7 @@ def test_the_table_of_contents() -> None:
     assert _names(slim) == [*inspect, "Choose", "Take", "Refer", "NarrowModule", "Verify", "Account"]
     given = lines.narrowing(Request(), (lines.Subject, Plan), last=lines.compile_passes())
     last = ["Reread", "Pad", "Take", "Refer", "NarrowGraph", "Verify", "Account"]
-    assert _names(given) == ["Trace", "Follow", *inspect[1:], *last]
+    assert _names(given) == ["Trace", "Show", "Follow", *inspect[1:], *last]
 
 
 def test_every_pass_may_stand_only_behind_what_it_needs() -> None:
