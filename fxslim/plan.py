@@ -173,7 +173,7 @@ class Site(Frozen):
 
     @property
     def of_values(self) -> bool:
-        """Tell whether the units are value channels of an attention whose heads do not go."""
+        """Tell whether the units are value channels of an attention, not heads."""
         return self.kind == "generic" and self.roles.keys() == {"v", "out"}
 
     @property

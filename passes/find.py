@@ -47,6 +47,7 @@ class Family:
         multiple: the number of units that are left (of one expert) has to be a multiple of this.
         experts: in how many experts the leaves are counted; units are those of the first, of the second, ….
         routers: the weights whose products say which units are selected, where units are whole experts.
+        across: whether the units are channels that all units of another family of the same leaves share.
         least: how many units (of every group) have to stay.
     """
 
@@ -60,6 +61,7 @@ class Family:
     multiple: int = 1
     experts: int = 1
     routers: tuple[str, ...] = ()
+    across: bool = False
     least: int = 1
 
     @property
@@ -119,7 +121,7 @@ class _Search:
             for part in apart:
                 own = result if len(apart) == 1 else self._family(part)
                 if isinstance(own, Family):
-                    families.append(own)
+                    families.extend((own, *self._across(own)))
                 elif own:
                     refused.update(dict.fromkeys(part.tolist(), own))
         taken = {int(leaf) for family in families for leaf in family.leaves}
@@ -255,6 +257,36 @@ class _Search:
             if level is scored:
                 heads = reason
         return reason or "its channels all go together"
+
+    def _across(self, heads: Family) -> Iterator[Family]:
+        """Yield the value channels that all heads of a score product share: the same leaves, counted the other way.
+
+        A leaf, the channel of one head, goes as soon as one of the two goes.
+        """
+        if not heads.scored or heads.groups is not None:
+            return
+        above = self._above(heads.leaves)
+        for level in self._partitions(above, len(heads.leaves)):
+            channels, pairs = int(level.max()) + 1, np.unique(np.stack([level, heads.unit_of]), axis=1)
+            slices = self._slices(heads.leaves, above, level)
+            produced = any((piece.tensor, piece.dim) in self.outgoing for piece in slices if piece.role == "out")
+            if pairs.shape[1] < channels * heads.units or not produced:
+                continue
+            if self._fails(heads.leaves, heads.members, level, None) is None and self._cross(heads, level):
+                yield Family(heads.leaves, heads.members, level, None, slices, scored=False, across=True)
+                return
+
+    def _cross(self, heads: Family, level: np.ndarray) -> bool:
+        """Tell whether some heads and some of the channels that they share can go at once."""
+        rng = np.random.default_rng(0)
+        for fraction in DRAWS:
+            first, second = (_draw(rng, count, None, fraction, 1) for count in (heads.units, int(level.max()) + 1))
+            if first is None or second is None:
+                return False
+            gone = heads.leaves[first[heads.unit_of] | second[level]]
+            if self._blocks(gone, heads.members, self._nodes(heads.leaves)) is not None:
+                return False
+        return True
 
     def _routed(self, leaves: np.ndarray) -> Family | str:
         """Turn whole experts into a family, or say why not."""
@@ -473,16 +505,23 @@ class _Search:
         for gone in draws:
             if gone is None:
                 return "as many are selected as there are" if least else "too few units in a group"
-            cut = closed(self.labels, leaves[gone[unit_of]], members)
-            starved = np.flatnonzero(self.components.starved(cut.removed))
-            if len(starved):
-                pin = self.components.pins.get(int(starved[0]))
-                return f"part of it has to stay ({pin.reason})" if pin is not None else "part of it has to stay"
-            try:
-                for node in nodes:
-                    check(node, cut)
-            except NarrowError as error:
-                return str(error)
+            reason = self._blocks(leaves[gone[unit_of]], members, nodes)
+            if reason is not None:
+                return reason
+        return None
+
+    def _blocks(self, gone: np.ndarray, members: np.ndarray, nodes: Sequence[fx.Node]) -> str | None:
+        """Try to remove some leaves; return why it does not pass, or None."""
+        cut = closed(self.labels, gone, members)
+        starved = np.flatnonzero(self.components.starved(cut.removed))
+        if len(starved):
+            pin = self.components.pins.get(int(starved[0]))
+            return f"part of it has to stay ({pin.reason})" if pin is not None else "part of it has to stay"
+        try:
+            for node in nodes:
+                check(node, cut)
+        except NarrowError as error:
+            return str(error)
         return None
 
     def _nodes(self, leaves: np.ndarray) -> list[fx.Node]:

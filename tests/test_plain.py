@@ -459,9 +459,10 @@ def test_one_key_and_value_for_all_heads() -> None:
         lambda m, x: m.out(joined((heads(m.q(x)) @ heads(m.k(x)).transpose(-1, -2)).softmax(-1) @ heads(m.v(x)))),
         **projections(kv=1),
     )
-    (part,) = narrowed(model, given())[0]
-    assert part.site.units == H
-    assert {p.tensor.partition(".")[0] for p in part.site.slices} == {"q", "out"}
+    parts = narrowed(model, given(), spread=True)[0]
+    assert [part.site.units for part in parts] == [H, E]
+    owners = [{p.tensor.partition(".")[0] for p in part.site.slices} for part in parts]
+    assert owners == [{"q", "out"}, {"v", "out"}]
 
 
 FUSED: dict[str, Callable[[Tensor], Any]] = {
