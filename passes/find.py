@@ -269,12 +269,20 @@ class _Search:
         for level in self._partitions(above, len(heads.leaves)):
             channels, pairs = int(level.max()) + 1, np.unique(np.stack([level, heads.unit_of]), axis=1)
             slices = self._slices(heads.leaves, above, level)
-            produced = any((piece.tensor, piece.dim) in self.outgoing for piece in slices if piece.role == "out")
-            if pairs.shape[1] < channels * heads.units or not produced:
+            if pairs.shape[1] < channels * heads.units or not self._produces_more(slices, heads.slices):
                 continue
             if self._fails(heads.leaves, heads.members, level, None) is None and self._cross(heads, level):
                 yield Family(heads.leaves, heads.members, level, None, slices, scored=False, across=True)
                 return
+
+    def _produces_more(self, slices: Sequence[Slice], others: Sequence[Slice]) -> bool:
+        """Tell whether some products make rows of these slices that the others do not have."""
+        taken: dict[tuple[str, int], np.ndarray] = {}
+        for piece in others:
+            key, own = (piece.tensor, piece.dim), piece.owners() >= 0
+            taken[key] = taken.get(key, False) | own
+        made = [piece for piece in slices if (piece.tensor, piece.dim) in self.outgoing and piece.role == "out"]
+        return any(((p.owners() >= 0) & ~taken.get((p.tensor, p.dim), np.zeros(p.rows, bool))).any() for p in made)
 
     def _cross(self, heads: Family, level: np.ndarray) -> bool:
         """Tell whether some heads and some of the channels that they share can go at once."""

@@ -304,7 +304,9 @@ def _unaffected(node: fx.Node, cut: Cut) -> Call:
     """Operations that mix an axis: no rewriting is known for a narrowed one."""
     source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
     shape = cut.shape(source)
-    axes = [int(concrete(parameter(node, "dim", 1, 0)))] if operation(node) == "aten.unbind" else range(len(shape))
+    mixed = {"aten.unbind": ("dim", 1, 0), "aten.unfold": ("dimension", 1, 0), "aten.roll": ("dims", 2, ())}
+    given = parameter(node, *mixed[operation(node)]) if operation(node) in mixed else ()
+    axes = concrete(given if isinstance(given, tuple | list) else [given]) or range(len(shape))
     if any(shape[axis] != source.shape[axis] for axis in axes):
         raise NarrowError(f"{operation(node)} over a narrowed axis")
     return Call(node.target, node.args, dict(node.kwargs))

@@ -120,6 +120,20 @@ class Pooled(Attention):
         return x + self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(-2))
 
 
+class Local(Attention):
+    """Attention to the places around each, which are taken as windows of keys and values that are padded with zeros."""
+
+    def around(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (self.heads, E))
+        zeros = heads.new_zeros(x.shape[0], 1, self.heads, E)
+        return torch.cat([zeros, heads, zeros], 1).unfold(1, 3, 1)
+
+    def forward(self, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        q, k, v = self.q(x).unflatten(-1, (self.heads, E)), self.around(self.k(x)), self.around(self.v(x))
+        scores = torch.einsum("bshe,bshew->bshw", q, k).softmax(-1)
+        return x + self.o(torch.einsum("bshw,bshew->bshe", scores, v).flatten(-2))
+
+
 class Depthwise(nn.Module):
     """A squeeze and excitation inside a block whose own channels go as well."""
 
@@ -190,6 +204,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "a type from elsewhere": (Cast, words, ATTENTION),
     "windows": (Unfolded, maps, ("generic 10",)),
     "a pool along places": (Pooled, words, ATTENTION),
+    "windows of keys": (Local, words, ("generic 3",)),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
     "results that nobody reads": (Unread, maps, ("ffn 10", "ffn 8")),
 }
