@@ -134,6 +134,16 @@ class Local(Attention):
         return x + self.o(torch.einsum("bshw,bshew->bshe", scores, v).flatten(-2))
 
 
+class Lengths(Attention):
+    """Attention inside pieces of a row of places, whose lengths an input says."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        sizes = lengths.tolist()
+        q, k, v = (self.split(part(x)).split(sizes, dim=2) for part in (self.q, self.k, self.v))
+        made = [(one @ key.mT).softmax(-1) @ value for one, key, value in zip(q, k, v, strict=True)]
+        return x + self.o(torch.cat(made, 2).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
 class Depthwise(nn.Module):
     """A squeeze and excitation inside a block whose own channels go as well."""
 
@@ -189,6 +199,10 @@ def placed(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
     return (*words(batch, length, seed), places)
 
 
+def pieces(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
+    return (*words(batch, S, seed), torch.tensor([1, 3 - seed, 2 + seed]))
+
+
 def maps(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(batch, D, 4, 4, dtype=torch.float64, generator=generator),)
@@ -205,6 +219,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "windows": (Unfolded, maps, ("generic 10",)),
     "a pool along places": (Pooled, words, ATTENTION),
     "windows of keys": (Local, words, ("generic 3",)),
+    "lengths that an input says": (Lengths, pieces, ATTENTION),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
     "results that nobody reads": (Unread, maps, ("ffn 10", "ffn 8")),
 }
