@@ -270,7 +270,7 @@ def _lossless(site: Site, zero: np.ndarray, kind: str) -> tuple[np.ndarray, str]
     for members in rest:
         gone[members[zero[members]][:fewest]] = True
     left = int((zero & ~gone).sum())
-    what, each = ("channels", "expert") if site.groups_stay else ("heads", "group")
+    what, each = ("channels", "head" if site.of_values else "expert") if site.groups_stay else ("heads", "group")
     return gone, f"{left} {kind} {what} stay: every {each} keeps the same number of {what}" if left else ""
 
 
@@ -343,7 +343,7 @@ def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.
     consumer = next(piece for piece in site.slices if piece.role == "in")
     width = int((consumer.owners() == 0).sum()) or 1
     alive = [members for members in units_by_group(site) if not gone[members].all()]
-    times = len(alive) if site.groups_stay else 1  # sizes are those of one expert
+    times = consumer.experts  # sizes are those of one expert
     dropped = [_lowest(members[gone[members]], seen.zero, seen.scores) for members in alive]
     for more in range(max(map(len, dropped)) + 1):
         kept = gone.copy()

@@ -49,6 +49,7 @@ class Family:
         routers: the weights whose products say which units are selected, where units are whole experts.
         across: whether the units are channels that all units of another family of the same leaves share.
         least: how many units (of every group) have to stay.
+        stays: whether something of every group has to stay: what a group stands for is read elsewhere.
     """
 
     leaves: np.ndarray
@@ -63,6 +64,7 @@ class Family:
     routers: tuple[str, ...] = ()
     across: bool = False
     least: int = 1
+    stays: bool = False
 
     @property
     def units(self) -> int:
@@ -250,9 +252,10 @@ class _Search:
                 continue
             found = self._constraint(leaves, members, level, partitions, above)
             if not isinstance(found, str):
+                groups, stays = found
                 refused = "" if level is scored else heads or self._tied_heads(leaves)
                 multiple = self._multiple(leaves, int(level.max()) + 1)
-                return Family(leaves, members, level, found, slices, level is scored, refused, multiple)
+                return Family(leaves, members, level, groups, slices, level is scored, refused, multiple, stays=stays)
             reason = found
             if level is scored:
                 heads = reason
@@ -346,20 +349,27 @@ class _Search:
         level: np.ndarray,
         partitions: list[np.ndarray],
         above: dict[int, np.ndarray],
-    ) -> tuple[int, ...] | str | None:
-        """Return the groups in which equally many units go, None where any may, or why not even that passes."""
+    ) -> tuple[tuple[int, ...] | None, bool] | str:
+        """Return the groups in which equally many units go, None where any may, or why not even that passes.
+
+        With groups comes whether something of each has to stay.
+        """
         reason = self._fails(leaves, members, level, None)
         if reason is None:
-            return None
+            return None, False
+        staying: tuple[int, ...] | None = None
         for i, candidates in enumerate((partitions, None)):
             for groups in self._grids(leaves, above) if candidates is None else candidates:
                 if not _refines(level, groups) or not 1 <= int(groups.max()) < int(level.max()):
                     continue
                 failure = self._fails(leaves, members, level, groups)
+                own = tuple(int(groups[level == unit][0]) for unit in range(int(level.max()) + 1))
                 if failure is None:
-                    return tuple(int(groups[level == unit][0]) for unit in range(int(level.max()) + 1))
+                    return own, False
+                if staying is None and self._fails(leaves, members, level, groups, whole=False) is None:
+                    staying = own
                 reason = failure if i == 0 else reason
-        return reason
+        return reason if staying is None else (staying, True)
 
     def _partitions(self, above: dict[int, np.ndarray], count: int) -> list[np.ndarray]:
         """Return the ways in which components above split a family into disjoint parts that cover it."""
@@ -500,15 +510,22 @@ class _Search:
         return found
 
     def _fails(
-        self, leaves: np.ndarray, members: np.ndarray, unit_of: np.ndarray, groups: np.ndarray | None, least: int = 0
+        self,
+        leaves: np.ndarray,
+        members: np.ndarray,
+        unit_of: np.ndarray,
+        groups: np.ndarray | None,
+        least: int = 0,
+        *,
+        whole: bool = True,
     ) -> str | None:
-        """Try random keeps; return why one does not pass, or None."""
+        """Try random keeps, a whole group among them where it may go; return why one does not pass, or None."""
         rng = np.random.default_rng(0)
         units = int(unit_of.max()) + 1
         parts = None if groups is None else [np.unique(unit_of[groups == g]) for g in range(int(groups.max()) + 1)]
         nodes = self._nodes(leaves)
         draws = [_draw(rng, units, parts, fraction, max(least, 1)) for fraction in DRAWS]
-        if parts is not None and not least:
+        if parts is not None and whole and not least:
             draws.append(np.isin(np.arange(units), parts[-1]))  # a whole group
         for gone in draws:
             if gone is None:

@@ -130,7 +130,7 @@ def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Fam
         roles = {role: match.roles[role] for role in ("v", "out")}  # its units are value channels
     if family.routers:
         roles = {"router": family.routers}
-    stays = family.experts > 1 or (bool(family.routers) and family.groups is not None)
+    stays = family.stays or family.experts > 1 or (bool(family.routers) and family.groups is not None)
     return Site(name=name, kind=kind, module=module, units=family.units, groups=family.groups, slices=family.slices,
                 roles=roles, task_head=head, multiple=family.multiple, groups_stay=stays,
                 least=family.least)  # fmt: skip

@@ -522,7 +522,10 @@ def test_weights_returned_keep_the_heads() -> None:
 
     found = fxslim.inspect(net(compute, **projections()), given())
     assert all(site.kind != "attention" for site in found.sites)
-    assert "out: part of it has to stay (an output of the model)" in found.why("out")
+    (site,) = found.sites
+    assert (site.of_values, site.groups_stay) == (True, True)
+    reason = "part of it has to stay (an output of the model); value= takes value channels"
+    assert [note.reason for note in found.pinned if note.where == site.name] == [reason]
 
 
 def test_weights_averaged_over_heads_keep_the_heads() -> None:

@@ -114,3 +114,43 @@ def test_constants_are_folded_once() -> None:
         assert small.o.weight.shape == (D, 1)
         for given in (example(2, 5, 1), example(3, 7, 2)):
             assert difference(outputs(model, given), outputs(small, given)) < 1e-12
+
+
+class Returned(nn.Module):
+    """Attention that returns the weights of its heads, so that heads stay; values go channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(D, H * E) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (part(x).unflatten(-1, (H, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        weights = (q @ k.mT).softmax(-1)
+        return x + self.o((weights @ v).transpose(1, 2).flatten(-2)), weights
+
+
+def test_value_channels_go_where_the_weights_of_all_heads_are_returned() -> None:
+    model = built(Returned)
+    found = fxslim.inspect(model, example(2, 6, 0))
+    (site,) = found.sites
+    assert (site.units, site.group_count, site.groups_stay, site.of_values) == (H * E, H, True, True)
+    reason = "part of it has to stay (an output of the model); value= takes value channels"
+    assert [note.reason for note in found.pinned if note.where == site.name] == [reason]
+    forms = [make(model, example(2, 6, 0), value=0.5) for make in (fxslim.slim, fxslim.compile)]
+    for form in forms:
+        assert form.v.weight.shape == (H * E // 2, D)
+        assert_narrowed(model, form.fxslim.plan, [form])
+    with pytest.raises(ValueError, match="no group may go as a whole"):
+        fxslim.plan(model, example(2, 6, 0), value=0.5).sites[0].model_validate(
+            {"site": site, "keep": tuple(range(E, H * E))}
+        )
+
+
+def test_rows_that_are_zero_go_from_every_head_alike_and_none_goes_whole() -> None:
+    model = built(Returned)
+    with torch.no_grad():
+        model.o.weight[:, : E + 2] = 0  # all of the first head, two of the second, none of the third
+        model.o.weight[:, -1] = 0
+    small = fxslim.slim(model, example(2, 6, 0))
+    assert small.v.weight.shape == (H * (E - 1), D)
+    assert difference(outputs(model, example(2, 6, 1)), outputs(small, example(2, 6, 1))) < 1e-12
