@@ -144,6 +144,19 @@ class Lengths(Attention):
         return x + self.o(torch.cat(made, 2).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
 
+class Doubled(nn.Module):
+    """Places that a linear makes two of, between which the row is filled up with zeros and with its own values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * 8), nn.Linear(8, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.up(x).reshape(x.shape[0], 2 * x.shape[1], -1).relu()
+        rows = functional.pad(functional.pad(pairs, (0, 0, 1, 0)).mT, (0, 2), mode="replicate").mT
+        return self.down(rows)
+
+
 class Depthwise(nn.Module):
     """A squeeze and excitation inside a block whose own channels go as well."""
 
@@ -220,6 +233,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "a pool along places": (Pooled, words, ATTENTION),
     "windows of keys": (Local, words, ("generic 3",)),
     "lengths that an input says": (Lengths, pieces, ATTENTION),
+    "a padded row": (Doubled, words, ("ffn 8",)),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
     "results that nobody reads": (Unread, maps, ("ffn 10", "ffn 8")),
 }
