@@ -81,6 +81,14 @@ class Half(Attention):
         return torch.cat([heads[..., :E] * 2, heads[..., E:]], -1)
 
 
+class Grid(Attention):
+    """Biases of rows of a grid, from places that are repeated for every head."""
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        rows = (places[:, 0].unsqueeze(1).repeat(1, self.heads, 1) // 2).to(x.dtype)
+        return super().forward(x, rows[..., None] * rows[..., None, :])
+
+
 class Transformed(Attention):
     """Scores that a Fourier transform over places changes."""
 
@@ -234,6 +242,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "windows of keys": (Local, words, ("generic 3",)),
     "lengths that an input says": (Lengths, pieces, ATTENTION),
     "a padded row": (Doubled, words, ("ffn 8",)),
+    "rows of a grid": (Grid, placed, ATTENTION),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
     "results that nobody reads": (Unread, maps, ("ffn 10", "ffn 8")),
 }
