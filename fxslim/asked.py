@@ -29,7 +29,8 @@ class Asked(TypedDict, total=False):
         heads: fraction of the query heads of every attention site, equally many per key/value group.
         kv_groups: fraction of whole key/value groups.
         experts: fraction of the experts that every router selects from, equally many per routing group.
-        value: fraction of the value channels of every attention whose heads do not go, equally many per head.
+        value: fraction of the value channels that all heads of an attention share, and of those of every attention
+            whose heads do not go, equally many per head.
         round_to: round the kept number of rows in each consumer up to a multiple.
         include: globs over module paths: only there; task heads only where included.
         skip: globs over module paths: not there.

@@ -119,7 +119,7 @@ def compile(
     heads: Annotated[float, _fraction("query heads")] = 0.0,
     kv_groups: Annotated[float, _fraction("key/value groups")] = 0.0,
     experts: Annotated[float, _fraction("experts that routers select from")] = 0.0,
-    value: Annotated[float, _fraction("value channels where heads cannot go")] = 0.0,
+    value: Annotated[float, _fraction("value channels that all heads share, or where heads cannot go")] = 0.0,
     round_to: Annotated[int, typer.Option(min=1, help="Round the number kept up to a multiple.")] = 1,
     include: Include = None,
     skip: Skip = None,

@@ -141,7 +141,8 @@ class Site(Frozen):
         task_head: whether it lies behind the last repeated block.
         multiple: the number of units whose rows are left (in every group, where all groups stay) has to be a multiple
             of this: kernels want aligned strides.
-        groups_stay: whether no group may go as a whole (channels of an expert, experts that are routed in groups).
+        groups_stay: whether no group may go as a whole (channels of an expert, experts that are routed in groups, value
+            channels of a head whose weights are read elsewhere).
         least: how many units have to stay (in every group, where there are groups).
     """
 
@@ -173,7 +174,7 @@ class Site(Frozen):
 
     @property
     def of_values(self) -> bool:
-        """Tell whether the units are value channels of an attention whose heads do not go."""
+        """Tell whether the units are value channels of an attention, not heads."""
         return self.kind == "generic" and self.roles.keys() == {"v", "out"}
 
     @property

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -136,7 +137,9 @@ class Program:
 
 
 UNBACKED = 12
-"""Example value for sizes that depend on data; divisible by the example batch sizes."""
+"""Example value for sizes that depend on data and were not measured; divisible by the example batch sizes."""
+MEASURED: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
+"""The sizes of a trace that depend on data, as they are on its example: symbol -> size."""
 
 
 def hint(size: Any) -> int:
@@ -146,7 +149,8 @@ def hint(size: Any) -> int:
     if size.node.has_hint():
         return int(size.node.hint)
     expression = size.node.expr
-    known = size.node.shape_env.backed_var_to_val if hasattr(size.node.shape_env, "backed_var_to_val") else {}
+    env = size.node.shape_env
+    known = {**getattr(env, "backed_var_to_val", {}), **MEASURED.get(env, {})}
     values = {symbol: known.get(symbol, UNBACKED) for symbol in expression.free_symbols}
     return int(expression.subs(values))
 

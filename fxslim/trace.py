@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fxslim.errors import TraceError
 from fxslim.exporter import applies, export_patched
 from fxslim.functional import functionalize, mutates
+from fxslim.measured import measure
 from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_symbolic
 from fxslim.sharing import named_once, refuse, share, transient_names, without_caches
 from fxslim.spelling import inline_regions, pair_einsums, spell_shapes
@@ -283,6 +284,8 @@ def _program(
         out_spec=exported.call_spec.out_spec,
         trailing=trailing,
     )
+    given = {name: tensors[tensor] for name, tensor in tensor_of.items()}
+    measure(graph, {**given, **dict(zip(inputs, pytree.tree_leaves(example), strict=False))})
     ranges = _ranges(graph, tuple(inputs), exported)
     notes = (*_fixed_sizes(graph, tuple(inputs)), *_range_notes(ranges))
     return Program(

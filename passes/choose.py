@@ -13,7 +13,7 @@ import torch
 
 from fxslim.errors import InputError, RequestError
 from fxslim.passes.folding.foldable import Still
-from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
+from fxslim.plan import Fold, Note, Site, SitePlan, Slice, units_by_group
 
 FFN = ("ffn", "gated_ffn")
 FRACTIONS = ("ffn", "heads", "kv_groups", "experts", "value")
@@ -29,7 +29,8 @@ class Request:
         heads: query heads of attention sites, equally many per key/value group.
         kv_groups: whole key/value groups of attention sites.
         experts: experts that are routed to, equally many per routing group.
-        value: value channels of attentions whose heads do not go, equally many per head.
+        value: value channels that all heads of an attention share, and those of attentions whose heads do not go,
+            equally many per head.
         round_to: the kept number of rows in the consumer is rounded up to a multiple of this.
         include: globs over module paths: only there (task heads only where included).
         skip: globs over module paths: not there.
@@ -97,6 +98,7 @@ def choose(
     """
     selected, notes = select(sites, request)
     plans: list[SitePlan] = []
+    taken: dict[tuple[str, int, str], set[int]] = {}
     for site in selected:
         seen = measure(site, tensors)
         if not seen.real:
@@ -120,11 +122,23 @@ def choose(
         if gone.any():
             keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
             folds = own.folding(site, gone) if own is not None and request.lossless else ()
-            plans.append(SitePlan(site=site, keep=keep, folds=folds))
+            plans.append(SitePlan(site=site, keep=keep, folds=_once(folds, taken)))
     notes.extend(_unmet(selected, request))
     if not request.lossless:
         notes.extend(refused)
     return Choice(tuple(plans), tuple(_merged(notes)))
+
+
+def _once(folds: Iterable[Fold], taken: dict[tuple[str, int, str], set[int]]) -> tuple[Fold, ...]:
+    """Leave out the rows that another site has folded: heads and the channels that they share have rows in common."""
+    made = []
+    for fold in folds:
+        before = taken.setdefault((fold.tensor, fold.dim, fold.bias), set())
+        rows = {row: value for row, value in zip(fold.rows, fold.values, strict=True) if row not in before}
+        before.update(rows)
+        if rows:
+            made.append(fold.model_copy(update={"rows": tuple(rows), "values": tuple(rows.values())}))
+    return tuple(made)
 
 
 def select(sites: Sequence[Site], request: Request) -> tuple[list[Site], list[Note]]:
@@ -256,7 +270,7 @@ def _lossless(site: Site, zero: np.ndarray, kind: str) -> tuple[np.ndarray, str]
     for members in rest:
         gone[members[zero[members]][:fewest]] = True
     left = int((zero & ~gone).sum())
-    what, each = ("channels", "expert") if site.groups_stay else ("heads", "group")
+    what, each = ("channels", "head" if site.of_values else "expert") if site.groups_stay else ("heads", "group")
     return gone, f"{left} {kind} {what} stay: every {each} keeps the same number of {what}" if left else ""
 
 
@@ -329,7 +343,7 @@ def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.
     consumer = next(piece for piece in site.slices if piece.role == "in")
     width = int((consumer.owners() == 0).sum()) or 1
     alive = [members for members in units_by_group(site) if not gone[members].all()]
-    times = len(alive) if site.groups_stay else 1  # sizes are those of one expert
+    times = consumer.experts  # sizes are those of one expert
     dropped = [_lowest(members[gone[members]], seen.zero, seen.scores) for members in alive]
     for more in range(max(map(len, dropped)) + 1):
         kept = gone.copy()
@@ -350,7 +364,7 @@ def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
     if request.experts and "experts" not in kinds:
         yield Note(where="experts", reason="no experts were found that can go; fxslim.inspect(model) says why")
     if request.value and not any(site.of_values for site in sites):
-        yield Note(where="value", reason="no attention was found whose heads stay and whose value channels can go")
+        yield Note(where="value", reason="no attention was found whose value channels can go by themselves")
 
 
 def _merged(notes: list[Note]) -> Iterable[Note]:

@@ -47,7 +47,9 @@ class Family:
         multiple: the number of units that are left (of one expert) has to be a multiple of this.
         experts: in how many experts the leaves are counted; units are those of the first, of the second, ….
         routers: the weights whose products say which units are selected, where units are whole experts.
+        across: whether the units are channels that all units of another family of the same leaves share.
         least: how many units (of every group) have to stay.
+        stays: whether something of every group has to stay: what a group stands for is read elsewhere.
     """
 
     leaves: np.ndarray
@@ -60,7 +62,9 @@ class Family:
     multiple: int = 1
     experts: int = 1
     routers: tuple[str, ...] = ()
+    across: bool = False
     least: int = 1
+    stays: bool = False
 
     @property
     def units(self) -> int:
@@ -119,7 +123,7 @@ class _Search:
             for part in apart:
                 own = result if len(apart) == 1 else self._family(part)
                 if isinstance(own, Family):
-                    families.append(own)
+                    families.extend((own, *self._across(own)))
                 elif own:
                     refused.update(dict.fromkeys(part.tolist(), own))
         taken = {int(leaf) for family in families for leaf in family.leaves}
@@ -248,13 +252,52 @@ class _Search:
                 continue
             found = self._constraint(leaves, members, level, partitions, above)
             if not isinstance(found, str):
+                groups, stays = found
                 refused = "" if level is scored else heads or self._tied_heads(leaves)
                 multiple = self._multiple(leaves, int(level.max()) + 1)
-                return Family(leaves, members, level, found, slices, level is scored, refused, multiple)
+                return Family(leaves, members, level, groups, slices, level is scored, refused, multiple, stays=stays)
             reason = found
             if level is scored:
                 heads = reason
         return reason or "its channels all go together"
+
+    def _across(self, heads: Family) -> Iterator[Family]:
+        """Yield the value channels that all heads of a score product share: the same leaves, counted the other way.
+
+        A leaf, the channel of one head, goes as soon as one of the two goes.
+        """
+        if not heads.scored or heads.groups is not None:
+            return
+        above = self._above(heads.leaves)
+        for level in self._partitions(above, len(heads.leaves)):
+            channels, pairs = int(level.max()) + 1, np.unique(np.stack([level, heads.unit_of]), axis=1)
+            slices = self._slices(heads.leaves, above, level)
+            if pairs.shape[1] < channels * heads.units or not self._produces_more(slices, heads.slices):
+                continue
+            if self._fails(heads.leaves, heads.members, level, None) is None and self._cross(heads, level):
+                yield Family(heads.leaves, heads.members, level, None, slices, scored=False, across=True)
+                return
+
+    def _produces_more(self, slices: Sequence[Slice], others: Sequence[Slice]) -> bool:
+        """Tell whether some products make rows of these slices that the others do not have."""
+        taken: dict[tuple[str, int], np.ndarray] = {}
+        for piece in others:
+            key, own = (piece.tensor, piece.dim), piece.owners() >= 0
+            taken[key] = taken.get(key, False) | own
+        made = [piece for piece in slices if (piece.tensor, piece.dim) in self.outgoing and piece.role == "out"]
+        return any(((p.owners() >= 0) & ~taken.get((p.tensor, p.dim), np.zeros(p.rows, bool))).any() for p in made)
+
+    def _cross(self, heads: Family, level: np.ndarray) -> bool:
+        """Tell whether some heads and some of the channels that they share can go at once."""
+        rng = np.random.default_rng(0)
+        for fraction in DRAWS:
+            first, second = (_draw(rng, count, None, fraction, 1) for count in (heads.units, int(level.max()) + 1))
+            if first is None or second is None:
+                return False
+            gone = heads.leaves[first[heads.unit_of] | second[level]]
+            if self._blocks(gone, heads.members, self._nodes(heads.leaves)) is not None:
+                return False
+        return True
 
     def _routed(self, leaves: np.ndarray) -> Family | str:
         """Turn whole experts into a family, or say why not."""
@@ -306,20 +349,27 @@ class _Search:
         level: np.ndarray,
         partitions: list[np.ndarray],
         above: dict[int, np.ndarray],
-    ) -> tuple[int, ...] | str | None:
-        """Return the groups in which equally many units go, None where any may, or why not even that passes."""
+    ) -> tuple[tuple[int, ...] | None, bool] | str:
+        """Return the groups in which equally many units go, None where any may, or why not even that passes.
+
+        With groups comes whether something of each has to stay.
+        """
         reason = self._fails(leaves, members, level, None)
         if reason is None:
-            return None
+            return None, False
+        staying: tuple[int, ...] | None = None
         for i, candidates in enumerate((partitions, None)):
             for groups in self._grids(leaves, above) if candidates is None else candidates:
                 if not _refines(level, groups) or not 1 <= int(groups.max()) < int(level.max()):
                     continue
                 failure = self._fails(leaves, members, level, groups)
+                own = tuple(int(groups[level == unit][0]) for unit in range(int(level.max()) + 1))
                 if failure is None:
-                    return tuple(int(groups[level == unit][0]) for unit in range(int(level.max()) + 1))
+                    return own, False
+                if staying is None and self._fails(leaves, members, level, groups, whole=False) is None:
+                    staying = own
                 reason = failure if i == 0 else reason
-        return reason
+        return reason if staying is None else (staying, True)
 
     def _partitions(self, above: dict[int, np.ndarray], count: int) -> list[np.ndarray]:
         """Return the ways in which components above split a family into disjoint parts that cover it."""
@@ -460,29 +510,43 @@ class _Search:
         return found
 
     def _fails(
-        self, leaves: np.ndarray, members: np.ndarray, unit_of: np.ndarray, groups: np.ndarray | None, least: int = 0
+        self,
+        leaves: np.ndarray,
+        members: np.ndarray,
+        unit_of: np.ndarray,
+        groups: np.ndarray | None,
+        least: int = 0,
+        *,
+        whole: bool = True,
     ) -> str | None:
-        """Try random keeps; return why one does not pass, or None."""
+        """Try random keeps, a whole group among them where it may go; return why one does not pass, or None."""
         rng = np.random.default_rng(0)
         units = int(unit_of.max()) + 1
         parts = None if groups is None else [np.unique(unit_of[groups == g]) for g in range(int(groups.max()) + 1)]
         nodes = self._nodes(leaves)
         draws = [_draw(rng, units, parts, fraction, max(least, 1)) for fraction in DRAWS]
-        if parts is not None and not least:
+        if parts is not None and whole and not least:
             draws.append(np.isin(np.arange(units), parts[-1]))  # a whole group
         for gone in draws:
             if gone is None:
                 return "as many are selected as there are" if least else "too few units in a group"
-            cut = closed(self.labels, leaves[gone[unit_of]], members)
-            starved = np.flatnonzero(self.components.starved(cut.removed))
-            if len(starved):
-                pin = self.components.pins.get(int(starved[0]))
-                return f"part of it has to stay ({pin.reason})" if pin is not None else "part of it has to stay"
-            try:
-                for node in nodes:
-                    check(node, cut)
-            except NarrowError as error:
-                return str(error)
+            reason = self._blocks(leaves[gone[unit_of]], members, nodes)
+            if reason is not None:
+                return reason
+        return None
+
+    def _blocks(self, gone: np.ndarray, members: np.ndarray, nodes: Sequence[fx.Node]) -> str | None:
+        """Try to remove some leaves; return why it does not pass, or None."""
+        cut = closed(self.labels, gone, members)
+        starved = np.flatnonzero(self.components.starved(cut.removed))
+        if len(starved):
+            pin = self.components.pins.get(int(starved[0]))
+            return f"part of it has to stay ({pin.reason})" if pin is not None else "part of it has to stay"
+        try:
+            for node in nodes:
+                check(node, cut)
+        except NarrowError as error:
+            return str(error)
         return None
 
     def _nodes(self, leaves: np.ndarray) -> list[fx.Node]:

@@ -39,7 +39,7 @@ from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
 from fxslim.passes.watch import Watch, watching
 from fxslim.pipeline import Facts, Pass, Pipeline
-from fxslim.plan import Note, Plan, SitePlan, SpreadEdit
+from fxslim.plan import Note, Plan, SitePlan, SpreadEdit, removed_rows
 from fxslim.program import Program, is_symbolic
 from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
@@ -211,7 +211,10 @@ class Reread:
         mine = {site.name: site for site in facts.get(Sites).sites}
         for part in plan:
             site = mine.get(part.site.name)
-            if site is None or not same_slices(site.slices, part.site.slices):
+            if site is None or not (
+                same_slices(site.slices, part.site.slices)
+                or same_slices(site.slices, part.site.slices, removed_rows(p for p in plan if p is not part))
+            ):
                 raise PlanError(
                     f"the plan's site {part.site.name} is not what this model's graph says it is; make the plan anew "
                     "with fxslim.plan and this version."

@@ -14,6 +14,7 @@ from fxslim.errors import NarrowError
 from fxslim.labels import Value
 from fxslim.passes.annotate import operation
 from fxslim.passes.cut import Cut
+from fxslim.passes.rules import counted
 from fxslim.passes.rules.indexing import scattered
 from fxslim.passes.rules.movement import CREATIONS, MOVES, anyhow
 from fxslim.passes.rules.walk import concrete, parameter
@@ -207,6 +208,8 @@ def _index(node: fx.Node, cut: Cut) -> Call:
     same = Call(node.target, node.args, dict(node.kwargs))
     source = cut.labels.values.get(node.args[0])  # type: ignore[arg-type]
     picks = _picks(node)
+    if len(picks) > 1 and (form := _counted(node, cut)) is not None:
+        return Call(counted.pick, (node.args[0], *form), {})
     if len(picks) != 1 or not isinstance(source, Value):
         return same
     ((axis, index),) = picks.items()
@@ -215,6 +218,26 @@ def _index(node: fx.Node, cut: Cut) -> Call:
     if known is None or cut.shape(source)[axis] == size:
         return same
     return Call(take, (node.args[0], axis, _places(cut, source, axis, (known % size).tolist())), {})
+
+
+@_for("aten.index_put")
+def _index_put(node: fx.Node, cut: Cut) -> Call:
+    """What counts an axis counts what is left of it."""
+    form = _counted(node, cut)
+    if form is None:
+        return Call(node.target, node.args, dict(node.kwargs))
+    return Call(counted.put, (node.args[0], *form, *node.args[2:]), dict(node.kwargs))
+
+
+def _counted(node: fx.Node, cut: Cut) -> tuple[Any, ...] | None:
+    """Return how a narrowed axis is counted, and the other indices, or None where none is."""
+    form = counted.counted(node)
+    source = cut.labels.values.get(node.args[0])  # type: ignore[arg-type]
+    if form is None or not isinstance(source, Value) or cut.shape(source)[form.axis] == form.size:
+        return None
+    indices: Any = node.args[1]
+    others = [None if axis == form.axis else index for axis, index in enumerate(indices)]
+    return (form.axis, form.place, form.rank), others
 
 
 def _picks(node: fx.Node) -> dict[int, fx.Node]:
@@ -281,7 +304,9 @@ def _unaffected(node: fx.Node, cut: Cut) -> Call:
     """Operations that mix an axis: no rewriting is known for a narrowed one."""
     source: Value = cut.labels.values[node.args[0]]  # type: ignore[index]
     shape = cut.shape(source)
-    axes = [int(concrete(parameter(node, "dim", 1, 0)))] if operation(node) == "aten.unbind" else range(len(shape))
+    mixed = {"aten.unbind": ("dim", 1, 0), "aten.unfold": ("dimension", 1, 0), "aten.roll": ("dims", 2, ())}
+    given = parameter(node, *mixed[operation(node)]) if operation(node) in mixed else ()
+    axes = concrete(given if isinstance(given, tuple | list) else [given]) or range(len(shape))
     if any(shape[axis] != source.shape[axis] for axis in axes):
         raise NarrowError(f"{operation(node)} over a narrowed axis")
     return Call(node.target, node.args, dict(node.kwargs))

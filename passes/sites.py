@@ -14,7 +14,7 @@ from fxslim.match import Match
 from fxslim.passes.annotate import Labels
 from fxslim.passes.find import Family, Found
 from fxslim.passes.name import Naming
-from fxslim.plan import Kind, Note, Site, Slice
+from fxslim.plan import Kind, Note, Site, Slice, blocks_of
 from fxslim.program import Program, common_path, module_path
 
 
@@ -64,13 +64,19 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
     heads = tuple(
         Note(where=site.name, reason=f"{reason}; value= takes value channels")
         for site in sites
-        if (reason := families[site.name].heads_refused or ("its heads are not told apart" if site.of_values else ""))
+        if (reason := _heads_refused(site, families[site.name]))
     )
     pinned, refused = (*pinned, *heads, *_unread(program)), (*refused, *heads)
     routers = tuple(Note(where=r.tensor.removesuffix(".weight"), reason=f"experts: {r.reason}") for r in found.routers)
     pinned = (*pinned, *routers, *_rest(model, program, sites, pinned))
     feeds = _feeds(program, labels, families)
     return Sites(tuple(sites), families, pinned, refused, routers, feeds, naming)
+
+
+def _heads_refused(site: Site, family: Family) -> str:
+    """Say why the units of a site are value channels and not heads, or nothing."""
+    stay = site.of_values and not family.across
+    return family.heads_refused or ("its heads are not told apart" if stay else "")
 
 
 def _rest(model: nn.Module, program: Program, sites: Sequence[Site], notes: Sequence[Note]) -> Iterator[Note]:
@@ -124,7 +130,7 @@ def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Fam
         roles = {role: match.roles[role] for role in ("v", "out")}  # its units are value channels
     if family.routers:
         roles = {"router": family.routers}
-    stays = family.experts > 1 or (bool(family.routers) and family.groups is not None)
+    stays = family.stays or family.experts > 1 or (bool(family.routers) and family.groups is not None)
     return Site(name=name, kind=kind, module=module, units=family.units, groups=family.groups, slices=family.slices,
                 roles=roles, task_head=head, multiple=family.multiple, groups_stay=stays,
                 least=family.least)  # fmt: skip
@@ -141,18 +147,15 @@ def _kind(match: Match | None, family: Family) -> Kind:
 
 def _ends(families: Sequence[Family], labels: Labels) -> list[list[fx.Node]]:
     """Return, for each family, the products at which it is summed over."""
-    owner = np.full(len(labels.components.pinned), -1)
+    owners = np.full((len(labels.components.pinned), 2), -1)  # a leaf lies in one family, and in one across it
     for number, family in enumerate(families):
-        owner[family.leaves] = number
+        owners[family.leaves, int(family.across)] = number
     ends: list[list[fx.Node]] = [[] for _ in families]
-    for use in labels.contracted:
-        for number in np.unique(owner[labels.components.of[use.labels.numpy()]]).tolist():
+    uses = [(use.node, use.labels) for use in labels.contracted]
+    for node, own in (*uses, *((selection.node, selection.labels) for selection in labels.selections)):
+        for number in np.unique(owners[labels.components.of[own.numpy()]]).tolist():
             if number >= 0:
-                ends[number].append(use.node)
-    for selection in labels.selections:
-        for number in np.unique(owner[labels.components.of[selection.labels.numpy()]]).tolist():
-            if number >= 0:
-                ends[number].append(selection.node)
+                ends[number].append(node)
     return ends
 
 
@@ -213,8 +216,21 @@ def _produced_tensors(families: Mapping[str, Family]) -> dict[str, set[str]]:
     return tensors
 
 
-def same_slices(found: tuple[Slice, ...], planned: tuple[Slice, ...]) -> bool:
-    """Tell whether a plan's slices are those that the labels give (hooks may differ between ways of tracing)."""
-    strip = {"hook": None}
-    mine = {piece.model_copy(update=strip) for piece in found}
-    return mine == {piece.model_copy(update=strip) for piece in planned}
+def same_slices(
+    found: tuple[Slice, ...], planned: tuple[Slice, ...], gone: Mapping[tuple[str, int], np.ndarray] | None = None
+) -> bool:
+    """Tell whether a plan's slices are those that the labels give (hooks may differ between ways of tracing).
+
+    Args:
+        found: what the labels give.
+        planned: what the plan says.
+        gone: rows that other sites take out: a plan that was made without them does not count them.
+    """
+
+    def bare(piece: Slice) -> Slice:
+        rows = (gone or {}).get((piece.tensor, piece.dim))
+        if rows is None or piece.lead is not None or rows.shape != (piece.size,):
+            return piece.model_copy(update={"hook": None})
+        return piece.model_copy(update={"hook": None, "blocks": blocks_of(np.where(rows, -1, piece.owners()))})
+
+    return {bare(piece) for piece in found} == {bare(piece) for piece in planned}

@@ -73,12 +73,15 @@ def written(site: Site) -> str:
 
 def removed(model: nn.Module, plan: Plan) -> dict[str, int]:
     """Count the parameters that a plan takes out, from the kept units and the slices alone."""
-    keep: dict[str, list[int]] = {}
+    lost: dict[tuple[str, int, int], set[int]] = {}
     for part in plan:
         gone = np.isin(np.arange(part.site.units), part.keep, invert=True)
         for piece in part.site.slices:
-            shape = keep.setdefault(piece.tensor, list(model.get_parameter(piece.tensor).shape))
-            shape[piece.dim] -= len(rows(piece, np.flatnonzero(gone).tolist())) // piece.experts
+            own = rows(piece, np.flatnonzero(gone).tolist())
+            lost.setdefault((piece.tensor, piece.dim, piece.experts), set()).update(own)
+    keep: dict[str, list[int]] = {}
+    for (tensor, dim, experts), every in lost.items():
+        keep.setdefault(tensor, list(model.get_parameter(tensor).shape))[dim] -= len(every) // experts
     return {name: model.get_parameter(name).numel() - int(np.prod(shape)) for name, shape in keep.items()}
 
 

@@ -81,6 +81,14 @@ class Half(Attention):
         return torch.cat([heads[..., :E] * 2, heads[..., E:]], -1)
 
 
+class Grid(Attention):
+    """Biases of rows of a grid, from places that are repeated for every head."""
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        rows = (places[:, 0].unsqueeze(1).repeat(1, self.heads, 1) // 2).to(x.dtype)
+        return super().forward(x, rows[..., None] * rows[..., None, :])
+
+
 class Transformed(Attention):
     """Scores that a Fourier transform over places changes."""
 
@@ -142,6 +150,43 @@ class Pooled(Attention):
         return x + self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(-2))
 
 
+class Local(Attention):
+    """Attention to the places around each, which are taken as windows of keys and values that are padded with zeros."""
+
+    def around(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (self.heads, E))
+        zeros = heads.new_zeros(x.shape[0], 1, self.heads, E)
+        return torch.cat([zeros, heads, zeros], 1).unfold(1, 3, 1)
+
+    def forward(self, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        q, k, v = self.q(x).unflatten(-1, (self.heads, E)), self.around(self.k(x)), self.around(self.v(x))
+        scores = torch.einsum("bshe,bshew->bshw", q, k).softmax(-1)
+        return x + self.o(torch.einsum("bshw,bshew->bshe", scores, v).flatten(-2))
+
+
+class Lengths(Attention):
+    """Attention inside pieces of a row of places, whose lengths an input says."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        sizes = lengths.tolist()
+        q, k, v = (self.split(part(x)).split(sizes, dim=2) for part in (self.q, self.k, self.v))
+        made = [(one @ key.mT).softmax(-1) @ value for one, key, value in zip(q, k, v, strict=True)]
+        return x + self.o(torch.cat(made, 2).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+class Doubled(nn.Module):
+    """Places that a linear makes two of, between which the row is filled up with zeros and with its own values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * 8), nn.Linear(8, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.up(x).reshape(x.shape[0], 2 * x.shape[1], -1).relu()
+        rows = functional.pad(functional.pad(pairs, (0, 0, 1, 0)).mT, (0, 2), mode="replicate").mT
+        return self.down(rows)
+
+
 class Depthwise(nn.Module):
     """A squeeze and excitation inside a block whose own channels go as well."""
 
@@ -197,6 +242,10 @@ def placed(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
     return (*words(batch, length, seed), places)
 
 
+def pieces(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
+    return (*words(batch, S, seed), torch.tensor([1, 3 - seed, 2 + seed]))
+
+
 def maps(batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(batch, D, 4, 4, dtype=torch.float64, generator=generator),)
@@ -213,6 +262,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "windows": (Unfolded, maps, ("generic 10",)),
     "points of a map": (Sampled, maps, ("generic 12",)),
     "a pool along places": (Pooled, words, ATTENTION),
+    "windows of keys": (Local, words, ("generic 3",)),
+    "lengths that an input says": (Lengths, pieces, ATTENTION),
+    "a padded row": (Doubled, words, ("ffn 8",)),
+    "rows of a grid": (Grid, placed, ATTENTION),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
     "results that nobody reads": (Unread, maps, ("ffn 10", "ffn 8")),
 }

@@ -453,7 +453,7 @@ def test_value_channels_where_heads_can_go_are_not_offered() -> None:
     plan = fxslim.plan(built(CASES["sinks"]), example(2, 7, 0), value=0.5)
     assert plan.sites == ()
     assert {note.reason for note in plan.notes} == {
-        "no attention was found whose heads stay and whose value channels can go",
+        "no attention was found whose value channels can go by themselves",
     } | {note.reason for note in plan.notes if note.where != "value"}
 
 

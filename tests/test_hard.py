@@ -125,7 +125,7 @@ SITES: dict[str, list[str]] = {
     "falcon_mha": layers(*FALCON),
     "falcon_new": layers("self_attention:attention 4/2", "mlp:ffn 48", at="transformer.h.#."),
     "codegen": layers("attn:attention 8/4", "mlp:ffn 48", at="transformer.h.#."),
-    "gpt_bigcode": layers(*GPT2),
+    "gpt_bigcode": layers("attn:attention 4", "attn:generic 8", "mlp:ffn 48", at="transformer.h.#."),
     "gpt_bigcode_mha": layers(*GPT2),
     "persimmon": layers("self_attn:attention 4", "mlp:ffn 48", at="model.layers.#."),
     "qwen3": layers(*LLAMA_GQA, at="model.layers.#."),

@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "functional",
+            "measured",
             "sharing",
             "spelling",
             "trace",

@@ -459,9 +459,10 @@ def test_one_key_and_value_for_all_heads() -> None:
         lambda m, x: m.out(joined((heads(m.q(x)) @ heads(m.k(x)).transpose(-1, -2)).softmax(-1) @ heads(m.v(x)))),
         **projections(kv=1),
     )
-    (part,) = narrowed(model, given())[0]
-    assert part.site.units == H
-    assert {p.tensor.partition(".")[0] for p in part.site.slices} == {"q", "out"}
+    parts = narrowed(model, given(), spread=True)[0]
+    assert [part.site.units for part in parts] == [H, E]
+    owners = [{p.tensor.partition(".")[0] for p in part.site.slices} for part in parts]
+    assert owners == [{"q", "out"}, {"v", "out"}]
 
 
 FUSED: dict[str, Callable[[Tensor], Any]] = {
@@ -521,7 +522,10 @@ def test_weights_returned_keep_the_heads() -> None:
 
     found = fxslim.inspect(net(compute, **projections()), given())
     assert all(site.kind != "attention" for site in found.sites)
-    assert "out: part of it has to stay (an output of the model)" in found.why("out")
+    (site,) = found.sites
+    assert (site.of_values, site.groups_stay) == (True, True)
+    reason = "part of it has to stay (an output of the model); value= takes value channels"
+    assert [note.reason for note in found.pinned if note.where == site.name] == [reason]
 
 
 def test_weights_averaged_over_heads_keep_the_heads() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Value
+from fxslim.passes.rules.counted import picked as picked_by_row
+from fxslim.passes.rules.counted import written as written_by_row
 from fxslim.passes.rules.movement import concatenate
 from fxslim.passes.rules.routing import pin_numbers, tie_numbers
 from fxslim.passes.rules.walk import Walk, concrete, fixed, parameter, pin_axis, rule, sizes
@@ -49,6 +51,9 @@ def index(walk: Walk, node: fx.Node) -> Any:
         known = walk.known[indices[picks[0]]]
         if known.dtype != torch.bool and known.ndim == 1:
             return walk.move(value, lambda t: t.index_select(picks[0], known % value.shape[picks[0]]), shape)
+    by_row = picked_by_row(walk, node)
+    if by_row is not None:
+        return by_row[1]
     read = [walk.value(argument) for argument in indices if argument is not None]
     for own in read:
         _pin_all(walk, node, own)
@@ -156,7 +161,10 @@ def write(walk: Walk, node: fx.Node) -> Any:
 
 @rule("aten.index_put")
 def put(walk: Walk, node: fx.Node) -> Any:
-    """Write one number where a mask says so, which is pointwise; any other writing by data has no rule."""
+    """Write one number where a mask says so, which is pointwise, or into every row; other writing has no rule."""
+    by_row = written_by_row(walk, node)
+    if by_row is not None:
+        return by_row
     value, number = walk.value(node.args[0]), walk.value(node.args[2])
     indices = list(node.args[1])  # type: ignore[arg-type]
     masks = [index for index in indices if index is not None]

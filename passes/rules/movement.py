@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -206,16 +207,18 @@ def concatenate(walk: Walk, operands: list[Value], axis: int, shape: tuple[int, 
 
 @rule("aten.pad", "aten.constant_pad_nd")
 def pad(walk: Walk, node: fx.Node) -> Any:
-    """Pad with coordinates that stay."""
+    """Pad with coordinates that stay; along an axis of several labelled ones, all coordinates go together."""
     value = walk.value(node.args[0])
     widths = concrete(node.args[1])
     shape = sizes(node)
     padded = {len(shape) - 1 - i // 2 for i, width in enumerate(widths) if width}
+    tied = (own if axes_of(own) <= padded else walk.tie_along(own, sorted(padded)) for own in value.labels)
+    value = dataclasses.replace(value, labels=tuple(tied))
     if parameter(node, "mode", 2, "constant") not in ("constant", 0) and any(
         axes_of(labels) & padded for labels in value.labels
     ):
         return walk.opaque(node, "padding a labelled axis with its own values")
-    if any(axes_of(labels) & padded and len(axes_of(labels)) > 1 for labels in value.labels):
+    if any(axes_of(labels) & padded and len(axes_of(labels)) > 1 for labels in value.labels):  # all of them padded
         return walk.opaque(node, "padding an axis of several labelled ones")
     moved = (torch.nn.functional.pad(labels.expand(value.shape), widths, value=CONSTANT) for labels in value.labels)
     kept = tuple(  # along an axis without labels, what is added goes with the rest

@@ -22,7 +22,7 @@ LIKE_POINTWISE = (
     "aten.selu", "aten.celu", "aten.elu", "aten.rrelu", "aten.softplus", "aten.nan_to_num", "aten.addcmul",
     "aten.addcdiv", "aten.lerp", "aten.type", "aten.bool", "aten.int", "aten.long", "aten.double", "aten.bfloat16",
     "aten.square", "aten.zero", "aten._assert_async", "aten.multiply", "aten.subtract", "aten.divide",
-    "aten.true_divide",
+    "aten.true_divide", "aten.floor_divide",
 )  # fmt: skip
 
 

@@ -43,8 +43,9 @@ LAYERS: dict[str, Layer] = {
 def test_slices_are_the_rows_of_every_unit(case: str) -> None:
     """What goes with any single unit, and with any whole group, is what the layer itself says."""
     stack = Stack((LAYERS[case],))
-    (family,) = _found(stack.build(), stack.inputs()).families
+    family, *across = _found(stack.build(), stack.inputs()).families
     layer = LAYERS[case]
+    assert [(own.across, own.units) for own in across] == ([(True, layer.head)] if case == "one key and value" else [])
     assert family.units == layer.units
     assert family.scored == isinstance(layer, Attend)
     grouped = layer.groups not in (1, layer.units)
