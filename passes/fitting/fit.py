@@ -201,7 +201,8 @@ def _look(program: Program, subjects: Subjects, recipe: Recipe, data: Calibratio
             weight = consumer.matrix(program.tensors)
             seen_sums = sums(tape, consumer, rows, None, 0)
             centred = consumer.bias is not None
-            own = [_own_targets(seen_sums.moments(part, centred=centred), weight) for part in (None, 0, 1)]
+            bias = program.tensors[consumer.bias].detach().double() if consumer.bias is not None else None
+            own = [_own_targets(seen_sums.moments(part, centred=centred), weight, bias) for part in (None, 0, 1)]
             reads.append(Read(consumer, own[0], weight))
             halves.append((own[1], own[2]))
         bent = slopes_.get(name, Gradients(np.zeros(site.units), np.zeros(site.units)))
@@ -214,9 +215,9 @@ def _look(program: Program, subjects: Subjects, recipe: Recipe, data: Calibratio
         tick(name)
 
 
-def _own_targets(moments: Moments, weight: Tensor) -> Moments:
+def _own_targets(moments: Moments, weight: Tensor, bias: Tensor | None) -> Moments:
     """Return moments whose targets are what the dense consumer returns."""
-    t = moments.x @ weight
+    t = moments.x @ weight + (0.0 if bias is None else bias.reshape(-1))
     xt = moments.xx @ weight
     return replace(moments, t=t, xt=xt, tt=float((weight * xt).sum()))
 
