@@ -151,7 +151,8 @@ def slim(
     dense = known.get(lines.Subject).original
     repaired: Repaired | None = None
     if want.recipe is not None:
-        known, plan, repaired = _calibrated(known, want, observer, plan=plan, progress=progress)
+        build = lines.slim_passes(thorough=True)
+        known, plan, repaired = _calibrated(known, want, observer, plan=plan, last=build, progress=progress)
     quick, thorough = (lines.slim_passes(thorough=t, lossless=lossless) for t in (False, True))
     try:
         small, record = _narrow(known, plan, want.request, quick, progress, observer, clock)
@@ -208,7 +209,7 @@ def compile(
     known, clock = _known(model, example_inputs), _Clock()
     repaired: Repaired | None = None
     if want.recipe is not None:
-        known, plan, repaired = _calibrated(known, want, observer, plan=plan, progress=progress)
+        known, plan, repaired = _calibrated(known, want, observer, plan=plan, last=last, progress=progress)
     graph, record = _narrow(known, plan, want.request, last, progress, observer, clock)
     record = _recorded(record, repaired)
     if isinstance(graph, CompiledModule):
@@ -282,9 +283,23 @@ def _check(plan: Plan | None, want: Wanted) -> None:
 
 
 def _calibrated(
-    known: Facts, want: Wanted, observer: Observer | None, *, plan: Plan | None = None, progress: bool = False
+    known: Facts,
+    want: Wanted,
+    observer: Observer | None,
+    *,
+    plan: Plan | None = None,
+    last: tuple[Pass, ...] = (),
+    progress: bool = False,
 ) -> tuple[Facts, Plan, Repaired]:
     """Choose on calibration data, and repair.
+
+    Args:
+        known: what is known of the model.
+        want: what was asked.
+        observer: called after every pass.
+        plan: a plan that is repaired as it is.
+        last: the passes that narrow, for models that are timed.
+        progress: whether to show a progress bar.
 
     Returns:
         What is known of the repaired model, the plan, and what was repaired.
@@ -295,7 +310,12 @@ def _calibrated(
         subject = dataclasses.replace(subject, example_inputs=dict(data.example))
         known = known.adding(subject)
     assert want.recipe is not None
-    pipeline = calibrating(tuple(known.known), Calibrate(want.request, want.recipe, data, plan, progress))
+
+    def build(chosen: Plan) -> nn.Module:
+        return _narrow(known, chosen, Request(), last, False, None, _Clock())[0]
+
+    last_pass = Calibrate(want.request, want.recipe, data, plan, build if last else None, progress)
+    pipeline = calibrating(tuple(known.known), last_pass)
     facts = _run(pipeline, known, observer)
     made, repaired = facts.get(Plan), facts.get(Repaired)
     after = dataclasses.replace(subject, original=repaired.model, model=repaired.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,18 +10,24 @@ import torch
 from torch import nn
 
 from fxslim.calibration import Calibration
-from fxslim.count import macs, parameters, weight_bytes
+from fxslim.count import macs, parameters
+from fxslim.dtypes import Following
 from fxslim.errors import UnsupportedModelError
+from fxslim.inputs import bind
 from fxslim.passes.annotate import Labels
 from fxslim.passes.choose import FFN, Choice, Request, choose, select
+from fxslim.passes.emit import emit
 from fxslim.passes.fitting.budget import Price
-from fxslim.passes.fitting.fit import Fit, Recipe, fit
+from fxslim.passes.fitting.fit import Recipe, fit
+from fxslim.passes.fitting.latency import Latency
 from fxslim.passes.pipelines import Subject, check_plan, cut_of, inspecting, new_plan
-from fxslim.passes.rewrite import example_macs_graph
+from fxslim.passes.prepare import fingerprint
+from fxslim.passes.rewrite import example_macs_graph, rewrite
 from fxslim.passes.sites import Sites
 from fxslim.pipeline import Facts, Pipeline
 from fxslim.plan import Note, Plan, Site, SitePlan
 from fxslim.program import Program
+from fxslim.report import Fit
 from fxslim.sharing import share
 
 
@@ -51,6 +57,7 @@ class Calibrate:
         recipe: how to choose and repair.
         data: calibration data, or None.
         plan: a plan that is repaired as it is, or None.
+        build: makes the narrowed model of a plan, to be timed; needed for targets of time.
         progress: whether to show a progress bar.
     """
 
@@ -58,6 +65,7 @@ class Calibrate:
     recipe: Recipe
     data: Calibration | None
     plan: Plan | None = None
+    build: Callable[[Plan], nn.Module] | None = None
     progress: bool = False
 
     requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites)
@@ -85,13 +93,41 @@ class Calibrate:
         def count(parts: tuple[SitePlan, ...]) -> int:
             return macs(example_macs_graph(program, cut_of(labels, sites, parts))).total
 
-        made = fit(program, reached, self.recipe, self.data, _price(model, program, count), asked,
+        made = fit(program, reached, self.recipe, self.data, self._price(facts, count), asked,
                    fixed=self.plan is not None, progress=self.progress)  # fmt: skip
         notes = (*(() if self.recipe.targets else choice.notes), *made.notes, *_weak(self.recipe, self.data))
         plan = self.plan or new_plan(model, Choice(made.parts, notes), self.request)
         plan = plan.model_copy(update={"requested": {**plan.requested, **requested(self.recipe)}})
         tokens = self.data.tokens if self.data is not None else 0
         return facts.adding(plan, Repaired(_with(model, made.tensors), made.tensors, made.fits, tokens))
+
+    def _price(self, facts: Facts, count: Callable[[tuple[SitePlan, ...]], int]) -> Price:
+        """Return what a model costs after site plans."""
+        model, program = facts.get(Subject).model, facts.get(Program)
+        own = [tensor for name, tensor in program.tensors.items() if name not in program.constants]
+        known = sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in own)
+        every = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in every)
+        timed = [one for one in self.recipe.targets if one.resource == "time"]
+        latency = self._latency(facts, timed[0].inputs) if timed else None
+        return Price(program, count, (parameters(model) - known, whole - size), latency)
+
+    def _latency(self, facts: Facts, inputs: object) -> Latency:
+        model, program = facts.get(Subject).model, facts.get(Program)
+        labels, sites = facts.get(Labels), facts.get(Sites)
+        given = bind(model, inputs)[0] if inputs is not None else dict(program.call.example)
+
+        def sketch(parts: tuple[SitePlan, ...]) -> nn.Module:
+            made = rewrite(program, cut_of(labels, sites, parts), parts)
+            return emit(program, made.graph, made.tensors, name=type(model).__name__, following=Following())
+
+        def build(parts: tuple[SitePlan, ...]) -> nn.Module:
+            plan = new_plan(model, Choice(parts, ()), self.request)
+            return sketch(parts) if self.build is None else self.build(plan)
+
+        dense = sketch(()) if self.build is None else model
+        return Latency(dense, build, sketch, given, fingerprint(model).digest)
 
 
 def requested(recipe: Recipe) -> dict[str, str | tuple[str, ...]]:
@@ -108,13 +144,6 @@ def calibrating(given: tuple[type, ...], last: Calibrate) -> Pipeline:
 
 def _reached(site: Site) -> bool:
     return site.kind in (*FFN, "attention", "experts") or site.of_values
-
-
-def _price(model: nn.Module, program: Program, count: object) -> Price:
-    own = [tensor for name, tensor in program.tensors.items() if name not in program.constants]
-    known = sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in own)
-    return Price(program, count, (parameters(model) - known, weight_bytes(model) - size))  # type: ignore[arg-type]
 
 
 def _weak(recipe: Recipe, data: Calibration | None) -> tuple[Note, ...]:

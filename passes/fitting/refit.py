@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,13 @@ def factor(inner: Tensor, ridge: float) -> Tensor:
 
 
 def refit(
-    fitting: Moments, judging: Moments, every: Moments, weight: Tensor, keep: Tensor, owner: Sequence[int] | Tensor
+    fitting: Moments,
+    judging: Moments,
+    every: Moments,
+    weight: Tensor,
+    keep: Tensor,
+    owner: Sequence[int] | Tensor,
+    ridges: Sequence[float] = RIDGES,
 ) -> Refit:
     """Fit the kept inputs' weights, with the ridge that does best on rows that were not fitted.
 
@@ -87,12 +94,12 @@ def refit(
         weight: the whole matrix.  (in, out)
         keep: inputs that are left.  (kept,)
         owner: unit of every input.  (in,)
+        ridges: ridges to choose from.
     """
-    kept = weight[keep]
-    plain = judging.error(kept, keep)
+    plain = judging.error(weight[keep], keep)
     best, ridge, how = plain, float("inf"), "sliced"
     if fitting.count >= ROWS_PER_INPUT * len(keep):
-        for candidate in RIDGES:
+        for candidate in ridges:
             error = judging.error(solve(fitting, weight, keep, candidate), keep)
             if error < best:
                 best, ridge, how = error, candidate, "refit"
@@ -100,12 +107,16 @@ def refit(
         error = judging.error(scaled(fitting, weight, keep, owner), keep)
         if error < best:
             best, how = error, "scaled"
-    matrix = {
-        "refit": lambda: solve(every, weight, keep, ridge),
-        "scaled": lambda: scaled(every, weight, keep, owner),
-        "sliced": lambda: kept,
-    }[how]()
+    if how == "sliced":
+        return sliced(every, weight, keep, plain)
+    matrix = solve(every, weight, keep, ridge) if how == "refit" else scaled(every, weight, keep, owner)
     return Refit(matrix, every.t - every.x[keep] @ matrix, ridge, best, plain, how)
+
+
+def sliced(moments: Moments, weight: Tensor, keep: Tensor, error: float = math.nan) -> Refit:
+    """Return the weights of the kept inputs as they were, with the bias that keeps the mean (An et al. 2023)."""
+    matrix = weight[keep]
+    return Refit(matrix, moments.t - moments.x[keep] @ matrix, math.inf, error, error, "sliced")
 
 
 def scaled(

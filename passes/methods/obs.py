@@ -35,7 +35,7 @@ def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int = STEP)
     if not reads:
         raise ValueError(f"{seen.site.name}: nothing was seen of its consumers")
     alive = [own.copy() for own in items.classes]
-    count = min(len(own) for own in alive) - items.least
+    count = items.steps
     many = step if len(alive) == 1 and all(read.width == 1 for read in reads) else 1
     steps: list[tuple[int, ...]] = []
     damage = [0.0]

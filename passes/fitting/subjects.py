@@ -1,0 +1,103 @@
+"""The sites that are worked on: their consumers, their cost curves, and what taking parts of them out does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fxslim.passes.fitting.consumers import Consumer, consumers
+from fxslim.passes.fitting.curve import Curve
+from fxslim.passes.views import Views
+from fxslim.plan import Note, Site, SitePlan, units_by_group
+from fxslim.program import Program
+from fxslim.report import Fit
+
+Chosen = Mapping[str, tuple[tuple[bool, int], ...]]
+"""Site -> how many steps of which curves: of whole groups (True), then of single units (False)."""
+
+
+@dataclass
+class Subjects:
+    """The sites that are worked on, in the order of execution, and what is known of them.
+
+    Attributes:
+        sites: site name -> site.
+        reads: site name -> its consumers.
+        curves: (site name, whole groups) -> curve.
+        probes: (site name, whole groups) -> (error of the sum, damage to the output) where it was probed.
+    """
+
+    sites: dict[str, Site]
+    reads: dict[str, tuple[Consumer, ...]]
+    curves: dict[tuple[str, bool], Curve] = field(default_factory=dict)
+    probes: dict[tuple[str, bool], list[tuple[float, float]]] = field(default_factory=dict)
+
+    def damage(self, name: str, groups: bool, steps: int) -> float:
+        """Return the expected damage to the output: a power law between what was probed, through the curve's error."""
+        error = float(self.curves[name, groups].damage[steps])
+        if steps == 0:
+            return 0.0
+        known = [(e, d) for e, d in self.probes.get((name, groups), ()) if e > 0 and d > 0]
+        if not known:
+            return error
+        xs, ys = np.log([e for e, _ in known]), np.log([d for _, d in known])
+        x = math.log(max(error, 1e-12))
+        inside = float(np.interp(x, xs, ys))
+        return math.exp(inside + min(x - xs[0], 0.0) + max(x - xs[-1], 0.0))
+
+
+def subjects_of(program: Program, sites: Sequence[Site]) -> tuple[Subjects, list[Note]]:
+    """Return the sites whose consumers can be seen, in the order of execution."""
+    views = Views(program)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    found: list[tuple[int, Site, tuple[Consumer, ...]]] = []
+    notes: list[Note] = []
+    for site in sites:
+        own = "experts that are routed to" if site.kind == "experts" else consumers(program, views, site)
+        if isinstance(own, str):
+            notes.append(Note(where=site.name, reason=f"chosen by magnitude, without repair: {own}"))
+        else:
+            found.append((min(order[call.node] for one in own for call in one.calls), site, own))
+    found.sort(key=lambda item: item[0])
+    names = Subjects({site.name: site for _, site, _ in found}, {site.name: own for _, site, own in found})
+    return names, notes
+
+
+def _choices(site: Site) -> list[bool]:
+    """Return what may go: single units, and whole groups where they may."""
+    whole = site.groups is not None and not site.groups_stay and site.group_count > 1
+    return [False, True] if whole else [False]
+
+
+def parts_of(subjects: Subjects, chosen: Chosen) -> tuple[SitePlan, ...]:
+    """Return what stays of every site of which anything goes."""
+    return tuple(
+        SitePlan(site=site, keep=keep_of(site, {g: subjects.curves[name, g] for g, _ in chosen[name]}, chosen[name]))
+        for name, site in subjects.sites.items()
+        if name in chosen and any(steps for _, steps in chosen[name])
+    )
+
+
+def keep_of(site: Site, curves: Mapping[bool, Curve], steps: Sequence[tuple[bool, int]]) -> tuple[int, ...]:
+    """Return what is left after whole groups have gone, and then single units of the groups that are left."""
+    if len(steps) == 1:
+        groups, count = steps[0]
+        return curves[groups].keep(site.units, count)
+    first = set(curves[True].keep(site.units, steps[0][1]))
+    gone: set[int] = set()
+    for own in units_by_group(site):
+        members = [unit for step in curves[False].steps for unit in step if unit in own.tolist() and unit in first]
+        gone.update(members[: steps[1][1]])
+    return tuple(sorted(first - gone))
+
+
+def fit_of(subjects: Subjects, part: SitePlan, chosen: Chosen) -> Fit:
+    """Return what is reported of a site before it is repaired."""
+    name = part.site.name
+    taken = chosen.get(name, ())
+    known = any(subjects.probes.get((name, groups)) for groups, _ in taken)
+    damage = sum(subjects.damage(name, groups, steps) for groups, steps in taken) if known else math.nan
+    return Fit(name, part.site.kind, part.site.units, len(part.keep), damage)
