@@ -151,6 +151,6 @@ def _write(path: Path, ratios: Mapping[str, float]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             json.dump(dict(ratios), file)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError:
         return
