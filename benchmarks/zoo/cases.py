@@ -207,10 +207,12 @@ def varies(value: Tensor) -> bool:
     return len(value[value.isfinite()].unique()) > 1
 
 
-def unmasked(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return inputs whose masks let everything through."""
+def unmasked(inputs: Mapping[str, Any], *, blind: bool = False) -> dict[str, Any]:
+    """Return inputs whose masks (with ``blind``, those that hide everything) let everything through."""
     return {
-        name: torch.ones_like(value) if "mask" in name and isinstance(value, Tensor) else value
+        name: torch.ones_like(value)
+        if "mask" in name and isinstance(value, Tensor) and not (blind and value.any())
+        else value
         for name, value in inputs.items()
     }
 
