@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from fxslim.analysis import Analysis, state_of
 from fxslim.asked import Asked, Wanted, globs, wanted
+from fxslim.calibration import Calibration
 from fxslim.errors import InputError, PlanError, VerifyError
 from fxslim.inputs import bind
 from fxslim.passes import pipelines as lines
@@ -109,9 +110,10 @@ def plan(
         InputError: a weight holds NaN; otherwise as `inspect`.
     """
     want = wanted(asked)
-    known = _known(model, example_inputs)
+    data = want.read(_module(model))
+    known = _known(model, example_inputs, data)
     if want.recipe is not None:
-        return _calibrated(known, want, observer, progress=progress)[1]
+        return _calibrated(known, want, data, observer, progress=progress)[1]
     return _run(lines.choosing(want.request, tuple(known.known)), known, observer, progress=progress).get(Plan)
 
 
@@ -145,14 +147,15 @@ def slim(
     want = wanted(asked, planned=plan is not None)
     lossless = plan is None and want.request.lossless and want.recipe is None
     _check(plan, want)
-    known = _known(model, example_inputs)
+    data = want.read(_module(model))
+    known = _known(model, example_inputs, data)
     clock = _Clock()
     known = _run(lines.inspecting(tuple(known.known)), known, observer, clock, progress=progress)
     dense = known.get(lines.Subject).original
     repaired: Repaired | None = None
     if want.recipe is not None:
         build = lines.slim_passes(thorough=True)
-        known, plan, repaired = _calibrated(known, want, observer, plan=plan, last=build, progress=progress)
+        known, plan, repaired = _calibrated(known, want, data, observer, plan=plan, last=build, progress=progress)
     quick, thorough = (lines.slim_passes(thorough=t, lossless=lossless) for t in (False, True))
     try:
         small, record = _narrow(known, plan, want.request, quick, progress, observer, clock)
@@ -206,10 +209,11 @@ def compile(
     want = wanted(asked, planned=plan is not None)
     _check(plan, want)
     last = lines.compile_passes(narrow=narrow, lossless=plan is None and want.request.lossless and want.recipe is None)
-    known, clock = _known(model, example_inputs), _Clock()
+    data = want.read(_module(model))
+    known, clock = _known(model, example_inputs, data), _Clock()
     repaired: Repaired | None = None
     if want.recipe is not None:
-        known, plan, repaired = _calibrated(known, want, observer, plan=plan, last=last, progress=progress)
+        known, plan, repaired = _calibrated(known, want, data, observer, plan=plan, last=last, progress=progress)
     graph, record = _narrow(known, plan, want.request, last, progress, observer, clock)
     record = _recorded(record, repaired)
     if isinstance(graph, CompiledModule):
@@ -259,9 +263,23 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
     return compare(what.model, small, plan, refer(what.model, plan, ways))
 
 
-def _known(model: Model, example_inputs: Any) -> Facts:
-    """Return what is known about a model: all that `inspect` found out, where it still holds."""
+def _module(model: Model) -> nn.Module:
+    """Return the module that is meant."""
+    if isinstance(model, Inspection) and model.analysis is not None:
+        return model.analysis.model
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    return model
+
+
+def _known(model: Model, example_inputs: Any, data: Calibration | None = None) -> Facts:
+    """Return what is known about a model: all that `inspect` found out, where it still holds.
+
+    Without example inputs, a batch of the calibration data is traced.
+    """
     if not isinstance(model, Inspection):
+        if example_inputs is None and data is not None:
+            example_inputs = dict(data.example)
         return Facts().adding(_subject(model, example_inputs))
     if example_inputs is not None:
         raise InputError("an Inspection stands for its model and its example inputs; give no others with it.")
@@ -285,6 +303,7 @@ def _check(plan: Plan | None, want: Wanted) -> None:
 def _calibrated(
     known: Facts,
     want: Wanted,
+    data: Calibration | None,
     observer: Observer | None,
     *,
     plan: Plan | None = None,
@@ -296,6 +315,7 @@ def _calibrated(
     Args:
         known: what is known of the model.
         want: what was asked.
+        data: calibration data.
         observer: called after every pass.
         plan: a plan that is repaired as it is.
         last: the passes that narrow, for models that are timed.
@@ -305,10 +325,6 @@ def _calibrated(
         What is known of the repaired model, the plan, and what was repaired.
     """
     subject = known.get(lines.Subject)
-    data = want.read(subject.original)
-    if data is not None and Program not in known.known and subject.example_inputs is None:
-        subject = dataclasses.replace(subject, example_inputs=dict(data.example))
-        known = known.adding(subject)
     assert want.recipe is not None
 
     def build(chosen: Plan) -> nn.Module:

@@ -84,13 +84,13 @@ def calibration(model: nn.Module, given: Any, *, max_tokens: int | None = None, 
 
 
 def _items(given: Any, model: nn.Module) -> Iterator[Any]:
+    if hasattr(given, "column_names") and hasattr(given, "__getitem__"):
+        yield from _rows(given, model)
+        return
     if isinstance(given, torch.Tensor | Mapping | str) or not isinstance(given, Iterable):
         raise InputError(
             f"calibration= takes an iterable of batches, not one {type(given).__name__}; put a single batch in a list."
         )
-    if hasattr(given, "column_names") and hasattr(given, "__getitem__"):
-        yield from _rows(given, model)
-        return
     for item in given:
         if not isinstance(item, torch.Tensor | Mapping | tuple | list):
             raise InputError(
@@ -101,15 +101,23 @@ def _items(given: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def _rows(dataset: Any, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Put rows of a dataset into batches; sequences are padded with zeros, behind, and masked."""
+    """Put rows of a dataset into batches; sequences are padded behind, and masked."""
     names = [name for name in dataset.column_names if name not in LABELS]
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
     for start in range(0, len(dataset), ROWS):
         rows = [dataset[i] for i in range(start, min(start + ROWS, len(dataset)))]
         columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in names if _numeric(rows[0][name])}
         if not columns:
             raise InputError(f"the dataset has no column of numbers ({list(names)}); tokenize it first.")
-        yield {name: nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
-               for name, values in columns.items()}  # fmt: skip
+        if "input_ids" in columns and "attention_mask" not in columns:
+            columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        yield {name: _stacked(values, pad if name.endswith("input_ids") else 0) for name, values in columns.items()}
+
+
+def _stacked(values: list[torch.Tensor], pad: int) -> torch.Tensor:
+    if not values[0].ndim:
+        return torch.stack(values)
+    return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=pad)
 
 
 def _numeric(value: Any) -> bool:

@@ -255,7 +255,7 @@ def emit(
         _register(module, tensor_name, tensor, program)
     for alias, canonical in program.aliases.items():
         _register(module, alias, _get(module, canonical), program)
-    module._caller = Caller(program.call, _specs(program), name, program.ranges, following)
+    module._caller = Caller(program.call, specs(program), name, program.ranges, following)
     return module.eval()
 
 
@@ -332,7 +332,8 @@ def _get(root: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
-def _specs(program: Program) -> tuple[tuple[str, Mapping[int, int], bool] | None, ...]:
+def specs(program: Program) -> tuple[tuple[str, Mapping[int, int], bool] | None, ...]:
+    """Return what a call has to fit: name, sizes that are fixed, and whether it is floating point, for every leaf."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     specs: list[tuple[str, Mapping[int, int], bool] | None] = []
     for name in program.inputs:

@@ -10,6 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxslim.passes.annotate import ASSERTIONS, operation
+from fxslim.passes.emit import Caller, specs
 from fxslim.program import Program
 
 Intercept = Callable[[fx.Node, torch.Tensor], torch.Tensor]
@@ -31,6 +32,7 @@ class Tape:
         self, program: Program, batches: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
     ) -> None:
         self.program, self.tensors = program, tensors
+        self.caller = Caller(program.call, specs(program), "the model", program.ranges)
         self.nodes = [n for n in _needed(program.graph) if n.op != "placeholder"]
         self.values: list[dict[fx.Node, Any]] = [self._inputs(batch) for batch in batches]
         self.at = 0
@@ -116,8 +118,7 @@ class Tape:
         raise AssertionError("a graph ends in its output")
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[fx.Node, Any]:
-        example = {name: batch.get(name, value) for name, value in self.program.call.example.items()}
-        leaves, _ = pytree.tree_flatten(example)
+        leaves = self.caller.bind(batch, {})
         nodes = {node.name: node for node in self.program.graph.find_nodes(op="placeholder")}
         return {nodes[name]: leaf for name, leaf in zip(self.program.inputs, leaves, strict=True)}
 

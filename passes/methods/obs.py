@@ -14,12 +14,12 @@ from fxslim.passes.fitting.seen import Read, Seen
 
 DAMPING = 0.01
 STEP = 32
-"""Single channels that go before all are scored again."""
+"""Most single channels that go before all are scored again."""
 REFACTOR = 8
 """The inverse is computed anew whenever an eighth of what was left is gone."""
 
 
-def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int = STEP) -> Curve:
+def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int | None = None) -> Curve:
     """Take out the unit with the smallest ``tr(W_gᵀ ([H⁻¹]_gg)⁻¹ W_g)``, let the others make up for it, and so on.
 
     ZipLM (Kurtic et al. 2023, section 3.1) and OSSCAR (Meng et al. 2024), with ``H = E[x xᵀ] + rI``. Of several
@@ -29,13 +29,15 @@ def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int = STEP)
         seen: the site.
         items: what may go.
         damping: ``r``, relative to the mean second moment.
-        step: how many channels of one input each go before scores are computed again.
+        step: how many channels of one input each go before scores are computed again; a 48th of them by default, at
+            most 32 (two copies of one channel score alike, and only one of them may go).
     """
     reads = [_Surgery(read, items, damping) for read in seen.reads]
     if not reads:
         raise ValueError(f"{seen.site.name}: nothing was seen of its consumers")
     alive = [own.copy() for own in items.classes]
     count = items.steps
+    step = max(min(STEP, len(items.units) // 48), 1) if step is None else step
     many = step if len(alive) == 1 and all(read.width == 1 for read in reads) else 1
     steps: list[tuple[int, ...]] = []
     damage = [0.0]

@@ -1,0 +1,379 @@
+"""Post-training pruning from end to end: small real architectures in float64, every result against the dense model."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+import fxslim
+from fxslim.calibration import calibration
+from fxslim.errors import InputError, PlanError, RequestError
+from fxslim.passes.fitting import latency
+
+from agreement import difference, outputs
+from everywhere import ENTRIES
+
+NAMES = ("bert", "llama_gqa", "t5", "vit_classify", "albert")
+
+
+def model_of(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Return a model and batches of eight rows, some of them padded."""
+    architecture = ENTRIES[name]
+    length = max(10, architecture.min_length)
+    return architecture.build(attn="sdpa" if architecture.sdpa else "eager"), [
+        architecture.inputs(batch=8, length=length, seed=seed) for seed in range(12)
+    ]
+
+
+def main_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the numbers that matter of an output: of tokens that are no padding."""
+    first = next(value for value in outputs(model, inputs).values() if value.is_floating_point())
+    mask = inputs.get("attention_mask")
+    return first[mask.bool()] if mask is not None and first.shape[:2] == mask.shape else first
+
+
+def damage(model: nn.Module, small: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """Return the squared difference of outputs, relative to the dense model's."""
+    pairs = [(main_of(model, batch), main_of(small, batch)) for batch in batches]
+    return float(sum((a - b).square().sum() for a, b in pairs) / sum(a.square().sum() for a, _ in pairs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_repaired_models_are_closer_to_the_dense_one(name: str) -> None:
+    model, batches = model_of(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    repaired: Any = fxslim.slim(model, calibration=batches[:8], ffn=0.5, heads=0.5)
+    plain: Any = fxslim.slim(model, calibration=batches[:8], ffn=0.5, heads=0.5, repair=False)
+    assert repaired.fxslim.plan.weights_changed
+    assert not plain.fxslim.plan.weights_changed
+    assert {f.how for f in repaired.fxslim.report.fits} <= {"refit", "scaled", "sliced"}
+    assert damage(model, repaired, batches[8:]) < 0.9 * damage(model, plain, batches[8:])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_both_forms_are_the_masked_and_repaired_model() -> None:
+    model, batches = model_of("bert")
+    asked: dict[str, Any] = {"calibration": batches, "ffn": 0.5, "heads": 0.5}
+    small: Any = fxslim.slim(model, **asked)
+    graph: Any = fxslim.compile(model, **asked)
+    assert small.fxslim.report.verification.relative < 1e-10
+    assert graph.fxslim.plan.weights_changed
+    assert difference(outputs(small, batches[0]), outputs(graph, batches[0])) < 1e-10
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_narrowing_in_place_takes_the_repaired_weights() -> None:
+    model, batches = model_of("bert")
+    small = fxslim.slim(model, calibration=batches, ffn=0.5)
+    expected = outputs(small, batches[0])
+    same = fxslim.slim(model, calibration=batches, ffn=0.5, inplace=True)
+    assert same is model
+    assert difference(expected, outputs(model, batches[0])) < 1e-12
+
+
+def test_a_plan_is_repaired_as_it_is() -> None:
+    model, batches = model_of("bert")
+    plan = fxslim.plan(model, calibration=batches[:8], ffn=0.5, heads=0.5, method="wanda")
+    assert not plan.weights_changed
+    plain: Any = fxslim.slim(model, plan=plan)
+    small: Any = fxslim.slim(model, plan=plan, calibration=batches[:8])
+    assert [p.keep for p in small.fxslim.plan] == [p.keep for p in plan]
+    assert damage(model, small, batches[8:]) < 0.9 * damage(model, plain, batches[8:])
+
+
+def test_a_repaired_plan_is_refused_on_the_dense_model() -> None:
+    model, batches = model_of("bert")
+    small: Any = fxslim.slim(model, calibration=batches, ffn=0.5)
+    with pytest.raises(PlanError, match="repaired"):
+        fxslim.slim(model, plan=small.fxslim.plan)
+    with pytest.raises(PlanError, match="repaired"):
+        fxslim.verify(model, small, plan=small.fxslim.plan)
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "fisher", "wanda", "flap", "obs"])
+def test_every_method_narrows(method: str) -> None:
+    model, batches = model_of("llama_gqa")
+    small: Any = fxslim.slim(model, calibration=batches[:4], ffn=0.5, heads=0.5, method=method)
+    assert {p.site.kind: len(p.keep) / p.site.units for p in small.fxslim.plan} == {"attention": 0.5, "gated_ffn": 0.5}
+    assert small.fxslim.plan.requested["method"] == method
+
+
+def test_obs_does_less_damage_than_scores() -> None:
+    model, batches = model_of("bert")
+
+    def lost(method: str, *, repair: bool) -> float:
+        small = fxslim.slim(model, calibration=batches[:8], ffn=0.5, heads=0.5, method=method, repair=repair)
+        return damage(model, small, batches[8:])
+
+    obs, wanda = lost("obs", repair=True), lost("wanda", repair=False)
+    assert obs < lost("random", repair=False)
+    assert obs < wanda
+
+
+# Budgets -------------------------------------------------------------------------------------------------------------
+
+
+def share(model: nn.Module, small: nn.Module, what: str) -> float:
+    sizes = [[p.numel() * (p.element_size() if what == "bytes" else 1) for p in m.parameters()] for m in (model, small)]
+    return sum(sizes[1]) / sum(sizes[0])
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama_gqa"])
+def test_budgets_hold_and_are_used(name: str, uniform: bool) -> None:
+    model, batches = model_of(name)
+    small: Any = fxslim.slim(model, calibration=batches[:4], target=fxslim.macs(0.7), uniform=uniform)
+    report = small.fxslim.report
+    assert report.macs_after <= 0.7 * report.macs_before
+    assert report.macs_after > 0.45 * report.macs_before
+    kept: dict[str, set[int]] = {}
+    for fit in report.fits:
+        kept.setdefault(fit.kind, set()).add(fit.kept)
+    if uniform:
+        assert {len(sizes) for sizes in kept.values()} == {1}
+
+
+def test_several_budgets_hold_at_once() -> None:
+    model, batches = model_of("bert")
+    dense = sum(p.numel() for p in model.parameters())
+    limit = int(0.85 * dense * 8)
+    small: Any = fxslim.slim(
+        model, calibration=batches[:4], target=[fxslim.macs(0.8), fxslim.params(0.9), fxslim.memory(limit)]
+    )
+    assert small.fxslim.report.macs_after <= 0.8 * small.fxslim.report.macs_before
+    assert share(model, small, "params") <= 0.9
+    assert sum(p.numel() * 8 for p in small.parameters()) <= limit
+
+
+def test_a_budget_without_data_is_met_by_magnitude_and_called_weak() -> None:
+    model, _ = model_of("bert")
+    small: Any = fxslim.slim(model, target=fxslim.macs(0.7))
+    assert small.fxslim.plan.requested["method"] == "magnitude"
+    assert any("weak" in note.reason for note in small.fxslim.plan.notes)
+    assert small.fxslim.report.macs_after <= 0.7 * small.fxslim.report.macs_before
+
+
+def test_a_budget_out_of_reach_is_refused() -> None:
+    model, batches = model_of("bert")
+    with pytest.raises(RequestError, match="cannot be reached"):
+        fxslim.slim(model, calibration=batches[:2], target=fxslim.params(0.01))
+
+
+def test_a_speed_up_is_met_by_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a clock that counts MACs, sizes are those of the same budget in MACs."""
+    model, batches = model_of("bert")
+    counted: list[float] = []
+
+    def ratios(self: latency.Latency, models: dict[str, nn.Module], *_: Any, **__: Any) -> dict[str, float]:
+        dense = fxslim.count.macs_of(self.dense, **self.inputs)
+        found = {name: fxslim.count.macs_of(own, **self.inputs) / dense for name, own in models.items()}
+        counted.extend(found.values())
+        return found
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(latency.Latency, "_ratios", ratios)
+    small: Any = fxslim.slim(model, calibration=batches[:4], target=fxslim.speedup(1.5, inputs=batches[0]))
+    reached = fxslim.count.macs_of(small, **batches[0]) / fxslim.count.macs_of(model, **batches[0])
+    assert 1 / 1.5 * 0.9 < reached <= 1 / 1.5 * 1.03
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    tables = len(counted)
+    fxslim.slim(model, calibration=batches[:4], target=fxslim.speedup(1.5, inputs=batches[0]))
+    assert len(counted) - tables < tables  # the table was read from disk
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """What a dataset of rows offers."""
+
+    column_names = ("input_ids", "attention_mask", "labels", "text")
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        length = int(self.batch["attention_mask"][row].sum())
+        own = {name: value[row][:length].tolist() for name, value in self.batch.items()}
+        return {**own, "labels": 1, "text": "words"}
+
+
+def test_every_kind_of_data_says_the_same() -> None:
+    model, (batch, *_) = model_of("bert")
+    names = list(batch)
+    kinds: list[Any] = [
+        [batch],
+        [tuple(batch.values())],
+        iter([batch]),
+        DataLoader([{name: batch[name][row] for name in names} for row in range(8)], batch_size=8),  # type: ignore[arg-type]
+        Rows(batch),
+        [{**batch, "labels": torch.zeros(8, dtype=torch.int64)}],
+    ]
+    expected = calibration(model, kinds[0])
+    for kind in kinds:
+        found = calibration(model, kind)
+        assert found.tokens == expected.tokens == int(batch["attention_mask"].sum())
+        for name in names:
+            assert torch.equal(found.batches[0].inputs[name], batch[name]), (kind, name)
+
+
+def test_padding_says_nothing() -> None:
+    """Whatever stands at padding, the same units go and the same weights are found."""
+    model, batches = model_of("bert")
+    other = []
+    for batch in batches[:4]:
+        hidden = batch["attention_mask"] == 0
+        other.append({**batch, "input_ids": torch.where(hidden, 5, batch["input_ids"])})
+    first, second = (fxslim.slim(model, calibration=own, ffn=0.5, heads=0.5) for own in (batches[:4], other))
+    assert any((batch["attention_mask"] == 0).any() for batch in batches[:4])
+    for (name, mine), theirs in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-8, atol=1e-10), name
+
+
+def test_no_more_tokens_are_used_than_asked() -> None:
+    model, batches = model_of("bert")
+    every, few = calibration(model, batches), calibration(model, batches, max_tokens=100, seed=3)
+    assert few.tokens <= 100 < every.tokens
+    assert calibration(model, batches, max_tokens=100, seed=3) == few
+
+
+class Chain(nn.Module):
+    """A feed-forward network whose hidden channels are copies: half of them can take the others' place exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up, self.down = nn.Linear(6, 8).double(), nn.Linear(8, 6).double()
+        with torch.no_grad():
+            for weight in (self.up.weight, self.up.bias, self.down.weight, self.down.bias):
+                weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+            self.up.weight[4:] = self.up.weight[:4]
+            self.up.bias[4:] = self.up.bias[:4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.gelu(self.up(x)))
+
+
+def test_copies_are_taken_out_at_no_loss() -> None:
+    model = Chain()
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(64, 6, dtype=torch.float64, generator=generator) for _ in range(4)]
+    small: Any = fxslim.slim(model, calibration=batches, ffn=0.5)
+    assert small.down.weight.shape == (6, 4)
+    probe = torch.randn(10, 6, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        apart = float((small(probe) - model(probe)).norm() / model(probe).norm())
+        sliced = fxslim.slim(model, calibration=batches, ffn=0.5, repair=False)
+        assert apart < 1e-3 < float((sliced(probe) - model(probe)).norm() / model(probe).norm())
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxslim.passes.fitting import repair
+
+    model, batches = model_of("bert")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plain, calls = repair.refit, 0
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(repair, "refit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        fxslim.slim(model, calibration=batches, ffn=0.5, heads=0.5, inplace=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not hasattr(model, "fxslim")
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "says"),
+    [
+        ({"calibration": []}, InputError, "no batch"),
+        ({"calibration": ["text"]}, InputError, "Tokenize"),
+        ({"calibration": 5}, InputError, "iterable"),
+        ({"calibration": {"input_ids": torch.ones(2, 3)}}, InputError, "in a list"),
+        ({"calibration": [{"input_ids": torch.ones(2, 3).long()}], "ffn": 0.0}, RequestError, "how much"),
+        ({"method": "obs"}, RequestError, "give calibration"),
+        ({"method": "wandb"}, RequestError, "Did you mean wanda"),
+        ({"calibraton": []}, RequestError, "Did you mean calibration"),
+        ({"max_tokens": 5}, RequestError, "does nothing"),
+        ({"repair": True}, RequestError, "does nothing"),
+        ({"uniform": True}, RequestError, "target"),
+        ({"target": fxslim.macs(0.5)}, RequestError, "not both"),
+        ({"seed": -1}, RequestError, "seed"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(asked: dict[str, Any], error: type[Exception], says: str) -> None:
+    model, _ = model_of("bert")
+    with pytest.raises(error, match=says):
+        fxslim.slim(model, **{"ffn": 0.5, **asked})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: fxslim.macs(1.5), "between 0 and 1"),
+        (lambda: fxslim.params(0), "between 0 and 1"),
+        (lambda: fxslim.memory("400 apples"), "number of bytes"),
+        (lambda: fxslim.speedup(0.5), "above 1"),
+        (lambda: fxslim.slim(nn.Linear(2, 2), target=0.5), "give fxslim.macs"),
+    ],
+)
+def test_bad_targets_say_what_is_wrong(make: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        make()
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+def _worker(rank: int, path: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    model, batches = model_of("bert")
+    own = [{name: value[rank * 4 : rank * 4 + 4] for name, value in batch.items()} for batch in batches[:5]]
+    small: Any = fxslim.slim(model, calibration=own, ffn=0.5, heads=0.5)
+    queue.put((rank, [part.keep for part in small.fxslim.plan], {k: v.numpy() for k, v in small.state_dict().items()}))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds_on_all_the_data(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_worker, args=(rank, str(tmp_path / "meet"), queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = {rank: (keeps, state) for rank, keeps, state in _received(queue, workers)}
+    for worker in workers:
+        worker.join(60)
+    model, batches = model_of("bert")
+    halves = [{k: v[half : half + 4] for k, v in batch.items()} for half in (0, 4) for batch in batches[:5]]
+    small: Any = fxslim.slim(model, calibration=halves, ffn=0.5, heads=0.5)
+    for keeps, state in found.values():
+        assert keeps == [part.keep for part in small.fxslim.plan]
+        for name, value in small.state_dict().items():
+            assert torch.allclose(torch.from_numpy(state[name]), value, rtol=1e-7, atol=1e-9), name
+
+
+def _received(queue: Any, workers: list[Any]) -> Iterator[Any]:
+    for _ in workers:
+        yield queue.get(timeout=120)
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
