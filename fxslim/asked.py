@@ -13,6 +13,7 @@ from fxslim.calibration import Calibration, calibration
 from fxslim.errors import RequestError
 from fxslim.passes.choose import Request
 from fxslim.passes.fitting.fit import Recipe
+from fxslim.passes.fitting.refit import Repair
 from fxslim.passes.methods import METHODS, WEIGHTS
 from fxslim.targets import Target, targets
 
@@ -42,7 +43,8 @@ class Asked(TypedDict, total=False):
             `fxslim.speedup`, or a list of them that must all hold.
         method: ``obs`` (with calibration data, the default), ``wanda``, ``flap``, ``fisher``, ``taylor``,
             ``magnitude`` (without, the default) or ``random``.
-        repair: False to leave the weights of what stays as they are.
+        repair: what is fitted of what stays: ``"refit"`` (or True, the default) the consumers' weights and biases,
+            ``"scale"`` one factor for each unit, ``"bias"`` the biases alone; False for nothing.
         uniform: keep the same number at every site of a kind and size, within a target.
         seed: for what is drawn.
     """
@@ -59,7 +61,7 @@ class Asked(TypedDict, total=False):
     max_tokens: int | None
     target: Target | Iterable[Target] | None
     method: str | None
-    repair: bool
+    repair: bool | Repair
     uniform: bool
     seed: int
 
@@ -141,13 +143,21 @@ def _with_data(asked: Asked, request: Request, budget: tuple[Target, ...], *, pl
         return Wanted(request, None, seed=seed)
     recipe = Recipe(
         method=method or ("magnitude" if data is None else "obs"),
-        repair=asked.get("repair", True) and data is not None,
+        repair=_repair(asked.get("repair", True)) if data is not None else None,
         uniform=asked.get("uniform", False),
         targets=budget,
         round_to=request.round_to,
         seed=seed,
     )
     return Wanted(request, recipe, data, asked.get("max_tokens"), seed)
+
+
+def _repair(given: object) -> Repair | None:
+    if isinstance(given, bool):
+        return "refit" if given else None
+    if given not in ("refit", "scale", "bias"):
+        raise RequestError(f"repair={given!r}: give 'refit' (or True), 'scale', 'bias' or False.")
+    return given  # type: ignore[return-value]
 
 
 def globs(given: Globs) -> tuple[str, ...]:

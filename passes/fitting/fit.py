@@ -16,6 +16,7 @@ from fxslim.passes.fitting.latency import Shape
 from fxslim.passes.fitting.look import PARTS, PROBE_WORK, Halves, choices, look, weigh
 from fxslim.passes.fitting.observe import rows_of
 from fxslim.passes.fitting.probe import Probe
+from fxslim.passes.fitting.refit import Repair
 from fxslim.passes.fitting.repair import repair
 from fxslim.passes.fitting.search import SEARCH_WORK, TRIES, search
 from fxslim.passes.fitting.subjects import Chosen, Subjects, fit_of, parts_of, subjects_of
@@ -35,7 +36,7 @@ class Recipe:
 
     Attributes:
         method: name of the method, one of `fxslim.passes.methods.METHODS`.
-        repair: whether what is left is fitted.
+        repair: what is fitted of what is left; None for nothing.
         uniform: whether sites of one kind and size keep the same number.
         targets: budgets; empty where fractions are asked for.
         round_to: the kept number of inputs of each consumer is a multiple of this.
@@ -43,7 +44,7 @@ class Recipe:
     """
 
     method: str = "obs"
-    repair: bool = True
+    repair: Repair | None = "refit"
     uniform: bool = False
     targets: tuple[Target, ...] = ()
     round_to: int = 1
@@ -92,7 +93,7 @@ def fit(
     """
     subjects, notes = subjects_of(program, sites)
     names = list(subjects.sites)
-    repairs = recipe.repair and data is not None
+    repairs = recipe.repair is not None and data is not None
     searches = bool(recipe.targets) and not recipe.uniform and data is not None
     with _bar(len(names) * (1 - fixed + repairs) + TRIES * searches, visible=progress) as tick:
         chosen: Chosen = {}
@@ -105,13 +106,15 @@ def fit(
             del halves, probe
         mine = dict(asked) if fixed else {part.site.name: part for part in parts_of(subjects, chosen)}
         others = tuple(part for name, part in asked.items() if name not in subjects.sites and not recipe.targets)
-        if not repairs or data is None:
+        if recipe.repair is None or data is None:
             own = [mine[name] for name in names if name in mine]
             fits = tuple(fit_of(subjects, part, chosen) for part in own)
             return Fitted((*own, *others), fits=fits, notes=tuple(notes))
         again = chosen if recipe.method == "obs" else {}
         rows = rows_of(program, data.batches)
-        parts, tensors, fits = repair(program, subjects, data, rows, mine, again, tick, seed=recipe.seed)
+        parts, tensors, fits = repair(
+            program, subjects, data, rows, mine, again, tick, how=recipe.repair, seed=recipe.seed
+        )
     return Fitted((*parts, *others), tensors, fits, tuple(notes))
 
 
@@ -128,7 +131,7 @@ def _look(
     work = PROBE_WORK + SEARCH_WORK
     probe = Probe(program, data, rows, work=work, times=times) if measures else None
     most = MOST_MOMENTS if measures else 0
-    halves = look(program, subjects, recipe.method, data, rows, probe, tick, repair=recipe.repair, most=most,
+    halves = look(program, subjects, recipe.method, data, rows, probe, tick, repair=recipe.repair is not None, most=most,
                   seed=recipe.seed)  # fmt: skip
     return halves, probe
 
@@ -191,7 +194,9 @@ def _by_targets(
 
     within(price, recipe.targets, choose)
     if probe is not None and halves.keys() == levels.keys():
-        found = search(probe, subjects, halves, levels, picks, given, repair=recipe.repair, seed=recipe.seed, tick=tick)
+        found = search(
+            probe, subjects, halves, levels, picks, given, repair=recipe.repair is not None, seed=recipe.seed, tick=tick
+        )
         if price.holds(recipe.targets, parts_of(subjects, _steps(found))):
             picks = found
     return _steps(picks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 """Ridges to choose from, in units of the mean of the inputs' second moments."""
 ROWS_PER_INPUT = 4
 """Rows that every kept input needs for a matrix of its own to be fitted (Kwon et al. 2022 scale units instead)."""
+
+
+Repair = Literal["refit", "scale", "bias"]
+"""What may be fitted: a consumer's matrix, one factor for each unit, or its bias; the bias moves in all of them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def refit(
     keep: Tensor,
     owner: Sequence[int] | Tensor,
     ridges: Sequence[float] = RIDGES,
+    how: Repair = "refit",
 ) -> Refit:
     """Fit the kept inputs' weights, with the ridge that does best on rows that were not fitted.
 
@@ -95,22 +101,25 @@ def refit(
         keep: inputs that are left.  (kept,)
         owner: unit of every input.  (in,)
         ridges: ridges to choose from.
+        how: what may be fitted: the whole matrix, one factor for each unit, or the bias alone.
     """
     plain = judging.error(weight[keep], keep)
-    best, ridge, how = plain, float("inf"), "sliced"
-    if fitting.count >= ROWS_PER_INPUT * len(keep):
+    if how == "bias":
+        return sliced(every, weight, keep, plain)
+    best, ridge, done = plain, float("inf"), "sliced"
+    if how == "refit" and fitting.count >= ROWS_PER_INPUT * len(keep):
         for candidate in ridges:
             error = judging.error(solve(fitting, weight, keep, candidate), keep)
             if error < best:
-                best, ridge, how = error, candidate, "refit"
+                best, ridge, done = error, candidate, "refit"
     else:
         error = judging.error(scaled(fitting, weight, keep, owner), keep)
         if error < best:
-            best, how = error, "scaled"
-    if how == "sliced":
+            best, done = error, "scaled"
+    if done == "sliced":
         return sliced(every, weight, keep, plain)
-    matrix = solve(every, weight, keep, ridge) if how == "refit" else scaled(every, weight, keep, owner)
-    return Refit(matrix, every.t - every.x[keep] @ matrix, ridge, best, plain, how)
+    matrix = solve(every, weight, keep, ridge) if done == "refit" else scaled(every, weight, keep, owner)
+    return Refit(matrix, every.t - every.x[keep] @ matrix, ridge, best, plain, done)
 
 
 def sliced(moments: Moments, weight: Tensor, keep: Tensor, error: float = math.nan) -> Refit:

@@ -13,7 +13,7 @@ from fxslim.calibration import Calibration
 from fxslim.passes.fitting.curve import items
 from fxslim.passes.fitting.look import left_of, stored
 from fxslim.passes.fitting.observe import Rows, sums
-from fxslim.passes.fitting.refit import refit
+from fxslim.passes.fitting.refit import Repair, refit
 from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.fitting.subjects import Chosen, Subjects, fit_of, keep_of
 from fxslim.passes.fitting.tape import Tape
@@ -32,6 +32,7 @@ def repair(
     chosen: Chosen,
     tick: Callable[[str], None],
     *,
+    how: Repair,
     seed: int,
 ) -> tuple[tuple[SitePlan, ...], dict[str, Tensor], tuple[Fit, ...]]:
     """Fit what is left of every consumer to what brings its residual stream back to the dense model's.
@@ -44,6 +45,7 @@ def repair(
         before: what stays of every site.
         chosen: sites whose units are chosen again, by what the narrowed model reads: how many steps.
         tick: called with every site's name.
+        how: what may be fitted.
         seed: for what is drawn.
 
     Returns:
@@ -75,7 +77,7 @@ def repair(
             consumer, centred = read.consumer, read.consumer.bias is not None
             left = left_of(consumer, part.keep).to(read.weight.device)
             halves = own.moments(0, centred=centred), own.moments(1, centred=centred)
-            made = refit(*halves, read.moments, read.weight, left, torch.from_numpy(consumer.owner))
+            made = refit(*halves, read.moments, read.weight, left, torch.from_numpy(consumer.owner), how=how)
             changed |= stored(consumer, made, left, tensors)
             tensors.update(changed)
             report = replace(report, error=made.error, plain=made.plain, how=made.how, ridge=made.ridge)
