@@ -131,8 +131,8 @@ def _look(
     work = PROBE_WORK + SEARCH_WORK
     probe = Probe(program, data, rows, work=work, times=times) if measures else None
     most = MOST_MOMENTS if measures else 0
-    halves = look(program, subjects, recipe.method, data, rows, probe, tick, repair=recipe.repair is not None, most=most,
-                  seed=recipe.seed)  # fmt: skip
+    repairs, seed = recipe.repair is not None, recipe.seed
+    halves = look(program, subjects, recipe.method, data, rows, probe, tick, repair=repairs, most=most, seed=seed)
     return halves, probe
 
 
