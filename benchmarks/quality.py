@@ -102,8 +102,8 @@ class Similarity:
     @staticmethod
     def _rows(path: Path) -> Iterable[tuple[str, str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
-            for first, second, score in csv.reader(file):
-                yield first, second, score
+            for row in csv.reader(file):
+                yield row[0], row[1], row[2]
 
     def calibration(self, seed: int) -> list[dict[str, Tensor]]:
         """Return batches of sentences that were drawn from the training set."""
@@ -232,8 +232,8 @@ def main() -> None:
             rows.append(measure(task, method, budget, seed))
             if given.rows is not None:
                 given.rows.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-    text = ["# Quality after post-training pruning, without training", "",
-            f"{SENTENCES} calibration sentences without labels; mean and deviation over {given.seeds} draws.", ""]  # fmt: skip
+    drawn = f"{SENTENCES} calibration sentences without labels; mean and deviation over {given.seeds} draws."
+    text = ["# Quality after post-training pruning, without training", "", drawn, ""]
     for task in tasks:
         own = [row for row in rows if row.task == task.name]
         text += [*table(task.name, task.unit, task.score(task.model)[0], own, lambda row: row.score, 2), ""]
