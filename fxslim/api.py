@@ -342,7 +342,7 @@ def _calibrated(
 
 def _recorded(record: Record, repaired: Repaired | None) -> Record:
     """Say in a record what was repaired."""
-    if repaired is None:
+    if repaired is None or record.report is None:
         return record
     plan = record.plan.model_copy(update={"weights_changed": bool(repaired.tensors)})
     report = dataclasses.replace(record.report, plan=plan, fits=repaired.fits, tokens=repaired.tokens)

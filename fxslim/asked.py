@@ -107,7 +107,7 @@ def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}=?" if near else f" There are {', '.join(known)}."
             raise RequestError(f"{name}= means nothing here.{hint}")
-    fractions = {name: asked[name] for name in ("ffn", "heads", "kv_groups", "experts", "value") if name in asked}  # type: ignore[literal-required]
+    fractions = {name: asked[name] for name in ("ffn", "heads", "kv_groups", "experts", "value") if name in asked}
     request = Request(
         **fractions,
         round_to=asked.get("round_to", 1),
@@ -157,7 +157,7 @@ def _repair(given: object) -> Repair | None:
         return "refit" if given else None
     if given not in ("refit", "scale", "bias"):
         raise RequestError(f"repair={given!r}: give 'refit' (or True), 'scale', 'bias' or False.")
-    return given  # type: ignore[return-value]
+    return given
 
 
 def globs(given: Globs) -> tuple[str, ...]:

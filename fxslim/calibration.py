@@ -152,7 +152,8 @@ def _drawn(batches: list[Batch], tokens: int, seed: int) -> list[Batch]:
         return batches
     order = list(range(len(batches)))
     random.Random(seed).shuffle(order)
-    chosen, total = [], 0
+    chosen: list[int] = []
+    total = 0
     for i in order:
         if not chosen or total + batches[i].tokens <= tokens:
             chosen.append(i)

@@ -33,7 +33,7 @@ class Target:
 
     def limit(self, dense: float) -> float:
         """Return what may be left of ``dense``."""
-        return float(self.amount) if self.share is None else self.share * dense
+        return float(self.amount or 0) if self.share is None else self.share * dense
 
     def __str__(self) -> str:
         if self.share is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -168,7 +168,6 @@ def put(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         old = named[name]
         made[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for leaf, old in table.items():
-                if old is not None and id(old) in made:
-                    table[leaf] = made[id(old)]  # type: ignore[assignment]
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            table.update({leaf: made[id(own)] for leaf, own in table.items() if id(own) in made})

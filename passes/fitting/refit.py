@@ -57,7 +57,8 @@ def solve(moments: Moments, weight: Tensor, keep: Tensor, ridge: float) -> Tenso
     inner = moments.xx[keep][:, keep]
     r = ridge * scale(moments)
     right = moments.xt[keep] + r * weight[keep]
-    return torch.cholesky_solve(right, factor(inner, r))
+    found: Tensor = torch.cholesky_solve(right, factor(inner, r))
+    return found
 
 
 def scale(moments: Moments) -> float:
@@ -71,9 +72,10 @@ def factor(inner: Tensor, ridge: float) -> Tensor:
     inner = (inner + inner.T) / 2
     ridge = max(ridge, 1e-12 * float(inner.diagonal().mean()), 1e-300)
     for _ in range(16):
-        found, failed = torch.linalg.cholesky_ex(inner + ridge * eye)
+        lower, failed = torch.linalg.cholesky_ex(inner + ridge * eye)
         if not failed:
-            return found
+            made: Tensor = lower
+            return made
         ridge *= 10
     raise ArithmeticError("second moments hold NaN or infinite values")
 

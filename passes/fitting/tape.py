@@ -106,7 +106,7 @@ class Tape:
         for i in range(self.at, len(self.nodes)):
             node = self.nodes[i]
             if node.op == "output":
-                leaves = fx.map_arg(node.args[0], lambda n: self._value(n, values))
+                leaves: Any = fx.map_arg(node.args[0], lambda n: self._value(n, values))
                 return pytree.tree_unflatten(list(leaves), self.program.call.out_spec)
             if intercept is not None and read and node in read:
                 held = self._value(read[node], values)
