@@ -14,7 +14,7 @@ from fxslim.passes.annotate import operation
 from fxslim.passes.steps import COPIES, RESHAPES, TRANSPOSES, name_of
 from fxslim.passes.views import CONVOLUTIONS, Views
 from fxslim.plan import Site, Slice
-from fxslim.program import Program
+from fxslim.program import Program, shape_of
 
 CARRIES = ("view", "reshape", "_unsafe_view", "dropout", "clone", "contiguous", "to", "_to_copy", "alias", "detach")
 """Operations that hand a sum of channels on as it is, to where it is added."""
@@ -92,6 +92,24 @@ def consumers(program: Program, views: Views, site: Site) -> tuple[Consumer, ...
         read = tuple(Call(view.node, view.input, _axis(view.node), residual(view.node)) for view in calls)
         found.append(Consumer(piece.tensor, calls[0].bias, piece.dim, owner, read))
     return tuple(found) if found else "nothing sums over it"
+
+
+def producers(program: Program, views: Views, site: Site) -> tuple[Consumer, ...]:
+    """Return the matrices that make a site's units of something, as consumers of all of it; parts of matrices not."""
+    found: dict[str, Consumer] = {}
+    for piece in site.slices:
+        if piece.role != "out" or piece.lead is not None or piece.tensor in found:
+            continue
+        calls = [view for view in views.linears.values() if view.weight == piece.tensor and view.out_dim == piece.dim]
+        if not calls or any(view.bias != calls[0].bias for view in calls):
+            continue
+        shape, dim = program.tensors[piece.tensor].shape, calls[0].in_dim
+        widths = {shape_of(view.input)[_axis(view.node)] for view in calls}
+        whole = widths == {shape[dim]} and all(view.in_dim == dim for view in calls)
+        if whole and len(shape) == 2 and not _read_elsewhere(program, piece, calls):
+            read = tuple(Call(view.node, view.input, _axis(view.node), None) for view in calls)
+            found[piece.tensor] = Consumer(piece.tensor, calls[0].bias, dim, np.full(shape[dim], -1), read)
+    return tuple(found.values())
 
 
 def _misfit(program: Program, piece: Slice, calls: Sequence[LinearView]) -> str:

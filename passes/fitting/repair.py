@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxslim.calibration import Calibration
+from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import items
 from fxslim.passes.fitting.look import left_of, stored
 from fxslim.passes.fitting.observe import Rows, sums
@@ -37,6 +38,8 @@ def repair(
 ) -> tuple[tuple[SitePlan, ...], dict[str, Tensor], tuple[Fit, ...]]:
     """Fit what is left of every consumer to what brings its residual stream back to the dense model's.
 
+    Its producers are fitted first, to what they make in the dense model of what they read there.
+
     Args:
         program: the traced model.
         subjects: the sites, in the order of execution.
@@ -61,6 +64,12 @@ def repair(
         tick(name)
         if name not in before:
             continue
+        if how == "refit":
+            for producer in subjects.makes[name]:
+                ahead = min(mine.place(call.node) for call in producer.calls) >= mine.at  # what was run is done
+                if producer.weight not in changed and ahead:
+                    changed |= _made(producer, mine, dense, rows)
+                    tensors.update(changed)
         reads, every = [], []
         for consumer in subjects.reads[name]:
             weight = consumer.matrix(program.tensors)
@@ -84,3 +93,14 @@ def repair(
         parts.append(part)
         fits.append(report)
     return tuple(parts), changed, tuple(fits)
+
+
+def _made(producer: Consumer, mine: Tape, dense: Tape, rows: Rows) -> dict[str, Tensor]:
+    """Return a producer's tensors, fitted: its inputs are not quite those of the dense model any more."""
+    weight = producer.matrix(mine.tensors)
+    own = sums(mine, producer, rows, dense, weight.shape[1])
+    centred = producer.bias is not None
+    every = torch.arange(len(weight), device=weight.device)
+    halves = own.moments(0, centred=centred), own.moments(1, centred=centred)
+    made = refit(*halves, own.moments(centred=centred), weight, every, torch.arange(len(weight)))
+    return stored(producer, made, every, mine.tensors) if made.how == "refit" else {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fxslim.passes.fitting.consumers import Consumer, consumers
+from fxslim.passes.fitting.consumers import Consumer, consumers, producers
 from fxslim.passes.fitting.curve import Curve
 from fxslim.passes.views import Views
 from fxslim.plan import Note, Site, SitePlan, units_by_group
@@ -26,12 +26,14 @@ class Subjects:
     Attributes:
         sites: site name -> site.
         reads: site name -> its consumers.
+        makes: site name -> its producers.
         curves: (site name, whole groups) -> curve.
         probes: (site name, whole groups) -> (error of the sum, damage to the output) where it was probed.
     """
 
     sites: dict[str, Site]
     reads: dict[str, tuple[Consumer, ...]]
+    makes: dict[str, tuple[Consumer, ...]] = field(default_factory=dict)
     curves: dict[tuple[str, bool], Curve] = field(default_factory=dict)
     probes: dict[tuple[str, bool], list[tuple[float, float]]] = field(default_factory=dict)
 
@@ -62,7 +64,11 @@ def subjects_of(program: Program, sites: Sequence[Site]) -> tuple[Subjects, list
         else:
             found.append((min(order[call.node] for one in own for call in one.calls), site, own))
     found.sort(key=lambda item: item[0])
-    names = Subjects({site.name: site for _, site, _ in found}, {site.name: own for _, site, own in found})
+    names = Subjects(
+        {site.name: site for _, site, _ in found},
+        {site.name: own for _, site, own in found},
+        {site.name: producers(program, views, site) for _, site, _ in found},
+    )
     return names, notes
 
 
