@@ -265,7 +265,9 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
 
 def _module(model: Model) -> nn.Module:
     """Return the module that is meant."""
-    if isinstance(model, Inspection) and model.analysis is not None:
+    if isinstance(model, Inspection):
+        if model.analysis is None:
+            raise InputError("this Inspection was not made by fxslim.inspect; give the model itself.")
         return model.analysis.model
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}.")
@@ -284,8 +286,7 @@ def _known(model: Model, example_inputs: Any, data: Calibration | None = None) -
     if example_inputs is not None:
         raise InputError("an Inspection stands for its model and its example inputs; give no others with it.")
     kept = model.analysis
-    if kept is None:
-        raise InputError("this Inspection was not made by fxslim.inspect; give the model itself.")
+    assert kept is not None  # see _module
     subject = _subject(kept.model, kept.example_inputs)
     if not kept.holds():
         return Facts().adding(subject)
