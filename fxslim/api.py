@@ -352,14 +352,14 @@ def _recorded(record: Record, repaired: Repaired | None) -> Record:
 
 @dataclasses.dataclass
 class _Clock:
-    """Observes how long the passes take, and whether the model is traced in regions."""
+    """Observes how long the passes take, and what was traced."""
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    regional: bool = False
+    program: Program | None = None
 
     def __call__(self, before: Facts, step: Pass, after: Facts, spent: float) -> None:
         self.seconds[type(step).__name__] = round(spent, 4)
-        self.regional = bool(after.get(Program).regions)
+        self.program = after.get(Program)
 
 
 def _narrow(
@@ -373,14 +373,17 @@ def _narrow(
 ) -> tuple[nn.Module, Record]:
     failed: VerifyError | None = None
     for open_axes in OPEN_AXES if lines.makes_graph(last) else OPEN_AXES[:1]:
+        if open_axes and clock.program is not None and max(lines.open_axes(clock.program), default=0) < open_axes:
+            continue  # the trace that failed left no more open
         given = known if open_axes is None else Facts().adding(known.get(lines.Subject))
         given = given if plan is None else given.adding(plan)
+        clock.program = given.find(Program)
         pipeline = lines.narrowing(request, tuple(given.known), last=last, open_axes=open_axes)
         try:
             facts = _run(pipeline, given, observer, clock, progress=progress)
         except VerifyError as error:  # loops over rows or pieces are traced for one number of them
             failed = failed or error
-            if clock.regional:
+            if clock.program is not None and clock.program.regions:
                 break
             continue
         report = dataclasses.replace(facts.get(Report), seconds=clock.seconds)

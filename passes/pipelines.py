@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
-from fxslim.errors import NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
+from fxslim.errors import InputError, NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
 from fxslim.inputs import BATCH, LENGTH, bind, countable, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
@@ -336,13 +338,17 @@ def varied(program: Program) -> tuple[Vary, ...]:
 
 def _unseen(program: Program, vary: Vary) -> bool:
     """Tell whether a graph would take sizes that inputs varied like this do not show."""
+    axes = open_axes(program)
+    return (0 in axes and vary.batch is None) or (bool(axes - {0}) and vary.length is None)
+
+
+def open_axes(program: Program) -> frozenset[int]:
+    """Return the axes of the inputs that take other sizes; none where a model is traced in regions."""
     if program.regions:
-        return False
+        return frozenset()
     shapes = [node.meta["val"].shape for node in program.graph.find_nodes(op="placeholder")
               if node.name in program.inputs and isinstance(node.meta["val"], torch.Tensor)]  # fmt: skip
-    first = any(is_symbolic(size) for shape in shapes for size in shape[:1])
-    rest = any(is_symbolic(size) for shape in shapes for size in shape[1:])
-    return (first and vary.batch is None) or (rest and vary.length is None)
+    return frozenset(axis for shape in shapes for axis, size in enumerate(shape) if is_symbolic(size))
 
 
 def _further(program: Program, vary: Vary, seed: int = 1) -> dict[str, Any]:
@@ -356,25 +362,37 @@ NOT_SHOWN = "the model takes no other sizes of those that were tried, so that no
 
 @dataclass(frozen=True)
 class Show:
-    """Look for inputs in other sizes before the work begins. Ensures: what a graph leaves open can be verified."""
+    """Run the dense graph in other sizes before the work begins. Ensures: what it leaves open can be verified.
+
+    A graph that holds for the traced sizes alone shows here, and not after it was labelled and narrowed.
+    """
 
     requires: ClassVar[tuple[type, ...]] = (Subject, Program)
     ensures: ClassVar[tuple[type, ...]] = ()
 
     def run(self, facts: Facts) -> Facts:
-        """Look."""
+        """Run it."""
         program, model = facts.get(Program), facts.get(Subject).model
-        if any(p.device.type == "meta" for p in model.parameters()):
+        if not open_axes(program) or any(p.device.type == "meta" for p in model.parameters()):
             return facts
+        whole = new_plan(model, Choice((), ()), Request())
         for vary in varied(program):
             try:
-                Path(vary.name, _further(program, vary)).run(model)
+                references = refer(model, whole, (Path("as given", _further(program, vary)),))
             except Exception:  # noqa: BLE001 - a model may refuse other inputs for reasons of its own
                 continue
             if _unseen(program, vary):
                 raise VerifyError("output", float("inf"), 0.0, NOT_SHOWN)
+            with suppress(InputError):  # further paths may show what this one does not
+                compare(model, _dense_graph(program), whole, references)
             break
         return facts
+
+
+def _dense_graph(program: Program) -> nn.Module:
+    """Return a module that runs the program as it was traced, on the model's own tensors."""
+    tensors = {name: tensor.detach() for name, tensor in program.tensors.items()}
+    return emit(program, copy.deepcopy(program.graph), tensors, name="dense", following=Following())
 
 
 @dataclass(frozen=True)

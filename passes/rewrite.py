@@ -59,7 +59,7 @@ def rewrite(program: Program, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewri
         new = twin[old]
         _align(old, new, cut, graph)
         if operation(old) == "aten.sym_size":
-            _dense_size(old, new, cut, graph)
+            _dense_size(old, new, cut, graph, twin)
         if operation(old) in RESIZES:
             _resize(old, new, cut, graph, twin)
     for old, new in twin.items():
@@ -106,7 +106,7 @@ def narrowed(program: Program, cut: Cut, name: str, tensor: torch.Tensor, apart:
     return tensor
 
 
-def _dense_size(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
+def _dense_size(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph, twin: dict[fx.Node, fx.Node]) -> None:
     """Let a size that is read off a narrowed axis keep its old meaning: every use of it is scaled by itself."""
     value = cut.labels.values.get(old.args[0])  # type: ignore[arg-type]
     if not isinstance(value, Value) or not cut.touches(value):
@@ -121,6 +121,7 @@ def _dense_size(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
         dense = graph.call_function(operator.floordiv, (grown, after))
     grown.meta["val"], dense.meta["val"] = new.meta["val"] * before, new.meta["val"]
     new.replace_all_uses_with(dense, delete_user_cb=lambda user: user is not grown)
+    twin[old] = dense
 
 
 def _resize(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph, twin: Mapping[fx.Node, fx.Node]) -> None:

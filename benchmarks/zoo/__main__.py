@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))  # a third of the time went into pages given back to
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 << 20))  # the system by one forward and taken by the next
 
 from benchmarks.environment import write_result
 from benchmarks.readme import README, written

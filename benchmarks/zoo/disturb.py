@@ -59,6 +59,19 @@ def _axis(module: nn.Module) -> int:
     return -1 - len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else -1
 
 
+Arrival = tuple[str, tuple[int, ...], int]
+"""The linear at which a disturbance arrives, and at which of how many input coordinates."""
+
+
+def _in_part(arrived: Arrival) -> bool:
+    """Tell whether a disturbance arrives at some of a linear's input coordinates, and not at all of them."""
+    return 0 < len(arrived[1]) < arrived[2]
+
+
+class _EverywhereError(Exception):
+    """A disturbance does not arrive in part, so that nothing that comes later matters."""
+
+
 @dataclass
 class _Seen:
     """What happened in a run.
@@ -67,11 +80,11 @@ class _Seen:
         calls: the linears' inputs, in order of calls, of a run that is not compared with another.
         arrived: the first linear that read something else than in the run it is compared with, at which of how many
             input coordinates: at none where other calls were made.
-        outputs: what the model returned; None where it failed.
+        outputs: what the model returned; None where it failed, or was not run to its end.
     """
 
     calls: list[tuple[str, Tensor]] = field(default_factory=list)
-    arrived: tuple[str, tuple[int, ...], int] | None = None
+    arrived: Arrival | None = None
     outputs: dict[str, Tensor] | None = field(default_factory=dict)
 
 
@@ -106,14 +119,16 @@ class Oracle:
         """Disturb a channel, see which linear reads it first, and ask whether it reaches the output past that one."""
         edit = self._disturb(producer, channel)
         loud = self._run(edit, producer)
-        path, columns, width = loud.arrived or ("", (), 0)
-        prunable = 0 < len(columns) < width and not self._same(loud.outputs)
+        path, columns, _ = arrived = loud.arrived or ("", (), 0)
+        prunable = _in_part(arrived) and not self._same(loud.outputs)
         if prunable:
             prunable = self._same(self._run(edit, producer, hold=(path, columns)).outputs)
         return Probe(producer, channel, path, columns, prunable=prunable)
 
     def _columns(self, path: str, before: Tensor, after: Tensor) -> tuple[int, ...]:
         """Return the input coordinates of a linear at which two runs differ."""
+        if torch.equal(before, after):  # as everywhere before the producer
+            return ()
         changed = self._differs(before, after).movedim(_axis(self.linears[path]), 0)
         return tuple(changed.reshape(len(changed), -1).any(1).nonzero().flatten().tolist())
 
@@ -165,6 +180,8 @@ class Oracle:
                 seen.arrived = (path, (), 0)
             elif columns := self._columns(path, expected, value):
                 seen.arrived = (path, columns, value.shape[_axis(self.linears[path])])
+            if seen.arrived is not None and not _in_part(seen.arrived):
+                raise _EverywhereError
 
         held = iter([value for path, value in self.plain.calls if path == hold[0]] if hold is not None else ())
 
