@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +14,7 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
-from fxslim.errors import InputError, NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
+from fxslim.errors import NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
 from fxslim.inputs import BATCH, LENGTH, bind, countable, fresh
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
@@ -362,37 +360,25 @@ NOT_SHOWN = "the model takes no other sizes of those that were tried, so that no
 
 @dataclass(frozen=True)
 class Show:
-    """Run the dense graph in other sizes before the work begins. Ensures: what it leaves open can be verified.
-
-    A graph that holds for the traced sizes alone shows here, and not after it was labelled and narrowed.
-    """
+    """Look for inputs in other sizes before the work begins. Ensures: what a graph leaves open can be verified."""
 
     requires: ClassVar[tuple[type, ...]] = (Subject, Program)
     ensures: ClassVar[tuple[type, ...]] = ()
 
     def run(self, facts: Facts) -> Facts:
-        """Run it."""
+        """Look."""
         program, model = facts.get(Program), facts.get(Subject).model
-        if not open_axes(program) or any(p.device.type == "meta" for p in model.parameters()):
+        if any(p.device.type == "meta" for p in model.parameters()):
             return facts
-        whole = new_plan(model, Choice((), ()), Request())
         for vary in varied(program):
             try:
-                references = refer(model, whole, (Path("as given", _further(program, vary)),))
+                Path(vary.name, _further(program, vary)).run(model)
             except Exception:  # noqa: BLE001 - a model may refuse other inputs for reasons of its own
                 continue
             if _unseen(program, vary):
                 raise VerifyError("output", float("inf"), 0.0, NOT_SHOWN)
-            with suppress(InputError):  # further paths may show what this one does not
-                compare(model, _dense_graph(program), whole, references)
             break
         return facts
-
-
-def _dense_graph(program: Program) -> nn.Module:
-    """Return a module that runs the program as it was traced, on the model's own tensors."""
-    tensors = {name: tensor.detach() for name, tensor in program.tensors.items()}
-    return emit(program, copy.deepcopy(program.graph), tensors, name="dense", following=Following())
 
 
 @dataclass(frozen=True)
