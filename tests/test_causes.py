@@ -206,6 +206,20 @@ class Twice(nn.Module):
         return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class Returned(nn.Module):
+    """Attention whose weights are returned, so that heads stay, with one row that is added to the values of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(D, 12), nn.Linear(D, 12), nn.Linear(D, 12), nn.Linear(12, D)
+        self.row = nn.Parameter(torch.empty(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (part(x).unflatten(-1, (3, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        weights = (q @ k.mT).softmax(-1)
+        return x + self.o((weights @ v + self.row).tanh().transpose(1, 2).flatten(-2)), weights
+
+
 class OneEnd(nn.Module):
     """Two linears whose channels one and the same linear reads."""
 
@@ -296,6 +310,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "lengths that an input says": (Lengths, pieces, ATTENTION),
     "a padded row": (Doubled, words, ("ffn 8",)),
     "a layer called twice": (Twice, words, ("attention 3", "generic 4")),
+    "a row for every head": (Returned, words, ("generic 4",)),
     "one end of two networks": (OneEnd, words, ("ffn 8",)),
     "rows of a grid": (Grid, placed, ATTENTION),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
