@@ -642,7 +642,7 @@ def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:
 def _crosses(first: np.ndarray, second: np.ndarray) -> bool:
     """Tell whether each part of one partition has something of each part of the other."""
     pairs = np.unique(np.stack([first, second]), axis=1)
-    return pairs.shape[1] == (int(first.max()) + 1) * (int(second.max()) + 1)
+    return int(pairs.shape[1]) == (int(first.max()) + 1) * (int(second.max()) + 1)
 
 
 def _refines(fine: np.ndarray, coarse: np.ndarray) -> bool:
