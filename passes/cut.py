@@ -73,6 +73,23 @@ class Cut:
         counts = rows[rows.any(dim=1), :place].sum(dim=1).unique()
         return int(counts) if counts.numel() == 1 else None
 
+    def differs(self, operand: Value, value: Value, axis: int) -> bool:
+        """Tell whether an operand keeps other coordinates along an axis than a result, which keeps others in each row.
+
+        Args:
+            operand: the operand, whose axes are aligned with the result's at the last one.
+            value: the result.
+            axis: the axis, from the last one (-1) backwards.
+        """
+        labels, mine = value.along(axis), operand.along(axis)
+        if labels is None:
+            return False
+        kept = self.kept(labels)
+        own = torch.ones((), dtype=torch.bool) if mine is None else self.kept(mine)
+        if not any(not _is_box(mask) and _uniform_axis(mask) - mask.ndim == axis for mask in (kept, own)):
+            return False
+        return bool(((kept != own) & kept.any(dim=axis, keepdim=True)).any())
+
     def compress(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
         """Take what stays of a tensor that has the value's shape (size-1 axes are left alone)."""
         for labels in value.labels:

@@ -248,7 +248,7 @@ class _Search:
                 continue
             if not any((piece.tensor, piece.dim) in self.outgoing for piece in slices):
                 return reason  # the channels of an input or of a table: nothing produces them
-            if scored is not None and level is not scored and not np.array_equal(level, whole):
+            if not (scored is None or level is scored or np.array_equal(level, whole) or _crosses(level, scored)):
                 continue
             found = self._constraint(leaves, members, level, partitions, above)
             if not isinstance(found, str):
@@ -270,9 +270,8 @@ class _Search:
             return
         above = self._above(heads.leaves)
         for level in self._partitions(above, len(heads.leaves)):
-            channels, pairs = int(level.max()) + 1, np.unique(np.stack([level, heads.unit_of]), axis=1)
             slices = self._slices(heads.leaves, above, level)
-            if pairs.shape[1] < channels * heads.units or not self._produces_more(slices, heads.slices):
+            if not _crosses(level, heads.unit_of) or not self._produces_more(slices, heads.slices):
                 continue
             if self._fails(heads.leaves, heads.members, level, None) is None and self._cross(heads, level):
                 yield Family(heads.leaves, heads.members, level, None, slices, scored=False, across=True)
@@ -638,6 +637,12 @@ def _partition(parts: Sequence[np.ndarray], count: int) -> np.ndarray | None:
             return None
         number[part] = i
     return None if (number < 0).any() else number
+
+
+def _crosses(first: np.ndarray, second: np.ndarray) -> bool:
+    """Tell whether each part of one partition has something of each part of the other."""
+    pairs = np.unique(np.stack([first, second]), axis=1)
+    return int(pairs.shape[1]) == (int(first.max()) + 1) * (int(second.max()) + 1)
 
 
 def _refines(fine: np.ndarray, coarse: np.ndarray) -> bool:

@@ -17,6 +17,7 @@ from fxslim.passes.cut import Cut
 from fxslim.passes.rules import counted
 from fxslim.passes.rules.indexing import scattered
 from fxslim.passes.rules.movement import CREATIONS, MOVES, anyhow
+from fxslim.passes.rules.pointwise import joins
 from fxslim.passes.rules.walk import concrete, parameter
 from fxslim.program import shape_of
 
@@ -364,10 +365,21 @@ def spelled(argument: Any, cut: Cut) -> Any:
     return cut.labels.known.get(argument, argument) if isinstance(argument, fx.Node) else argument
 
 
-def check(node: fx.Node, cut: Cut) -> None:
-    """Raise NarrowError unless a cut commutes with a data movement.
+def _check_operands(node: fx.Node, value: Value, cut: Cut) -> None:
+    """Raise NarrowError where an operand would have to be gathered differently in every row of a result."""
+    for argument in node.all_input_nodes:
+        operand = cut.labels.values.get(argument)
+        if not isinstance(operand, Value):
+            continue
+        for axis in range(-len(operand.shape), 0):
+            if operand.shape[axis] > 1 and cut.differs(operand, value, axis):
+                raise NarrowError(f"{operation(node)}: an operand would have to be gathered differently in every group")
 
-    The operation is run on the labels before and after the cut; what comes out must be the same.
+
+def check(node: fx.Node, cut: Cut) -> None:
+    """Raise NarrowError unless a cut commutes with a data movement, and leaves operands that fit each other.
+
+    A movement is run on the labels before and after the cut; what comes out must be the same.
     """
     value = cut.labels.values.get(node)
     if value is None or node.target is operator.getitem:
@@ -375,6 +387,8 @@ def check(node: fx.Node, cut: Cut) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, Value):
             cut.shape(item)
+    if isinstance(value, Value) and joins(node) and cut.touches(value):
+        _check_operands(node, value, cut)
     call = resized(node, cut)
     source = cut.labels.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     indexing = operation(node) in ("aten.index", "aten.index_select")

@@ -18,6 +18,7 @@ from fxslim.passes.cut import Cut
 from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rows import cleared, without
+from fxslim.passes.rules.pointwise import joins
 from fxslim.passes.rules.walk import Use, concrete, parameter
 from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program, is_symbolic
@@ -191,7 +192,7 @@ def _align(old: fx.Node, new: fx.Node, cut: Cut, graph: fx.Graph) -> None:
             _gather(old, new, bias, value, cut, graph, range(len(value.shape)))
         return
     value = cut.labels.values.get(old)
-    if not isinstance(value, Value) or not cut.touches(value) or not (name in BY_INDEX or _joins(name, old)):
+    if not isinstance(value, Value) or not cut.touches(value) or not (name in BY_INDEX or joins(old)):
         return
     for argument in old.all_input_nodes:
         if isinstance(cut.labels.values.get(argument), Value):
@@ -263,12 +264,6 @@ BY_INDEX = ("aten.gather", "aten.take_along_dim")
 """Operations whose index has the result's shape: a table of positions, repeated for heads."""
 
 
-def _joins(name: str, node: fx.Node) -> bool:
-    from fxslim.passes.rules.pointwise import LIKE_POINTWISE, is_pointwise
-
-    return name in LIKE_POINTWISE or is_pointwise(node)
-
-
 def _gather(
     old: fx.Node,
     new: fx.Node,
@@ -293,7 +288,7 @@ def _gather(
         mine = operand.along(own)
         wanted, present = cut.positions(value, axis), cut.positions(operand, own)
         if wanted is None or present is None:
-            if mine is not None:
+            if mine is not None and (letters is not None or not cut.differs(operand, value, axis - len(value.shape))):
                 continue  # both keep different coordinates per group, in the same way
             raise NarrowError(f"{operation(old)}: a table would have to be gathered differently in every group")
         if torch.equal(wanted, present):

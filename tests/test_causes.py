@@ -187,6 +187,50 @@ class Doubled(nn.Module):
         return self.down(rows)
 
 
+class Twice(nn.Module):
+    """One layer that is called twice, in which all query heads share a key and a value head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+        self.q, self.k, self.v, self.o = nn.Linear(D, 12), nn.Linear(D, 4), nn.Linear(D, 4), nn.Linear(12, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.attention(x)
+        return x
+
+    def attention(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (part(x)[:, None].expand(-1, self.heads, -1, -1) for part in (self.k, self.v))
+        return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Returned(nn.Module):
+    """Attention whose weights are returned, so that heads stay, with one row that is added to the values of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(D, 12), nn.Linear(D, 12), nn.Linear(D, 12), nn.Linear(12, D)
+        self.row = nn.Parameter(torch.empty(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (part(x).unflatten(-1, (3, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        weights = (q @ k.mT).softmax(-1)
+        return x + self.o((weights @ v + self.row).tanh().transpose(1, 2).flatten(-2)), weights
+
+
+class OneEnd(nn.Module):
+    """Two linears whose channels one and the same linear reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up2, self.down = nn.Linear(D, 8), nn.Linear(D, 8), nn.Linear(8, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()) + self.down(self.up2(x).tanh())
+
+
 class Depthwise(nn.Module):
     """A squeeze and excitation inside a block whose own channels go as well."""
 
@@ -265,6 +309,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "windows of keys": (Local, words, ("generic 3",)),
     "lengths that an input says": (Lengths, pieces, ATTENTION),
     "a padded row": (Doubled, words, ("ffn 8",)),
+    "a layer called twice": (Twice, words, ("attention 3", "generic 4")),
+    "a row for every head": (Returned, words, ("generic 4",)),
+    "one end of two networks": (OneEnd, words, ("ffn 8",)),
     "rows of a grid": (Grid, placed, ATTENTION),
     "a block around another": (Depthwise, maps, ("ffn 5", "generic 10")),
     "results that nobody reads": (Unread, maps, ("ffn 10", "ffn 8")),

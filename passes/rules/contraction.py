@@ -73,7 +73,10 @@ def contract(
         if not touched:
             rest.append(labels)
         elif by_weight and not _shared(axes_of(labels) - touched, weight):
-            walk.tie_along(labels, sorted(axes_of(labels) - touched))
+            once = walk.tie_along(labels, sorted(axes_of(labels) - touched))
+            for own in weight.labels:
+                if axes_of(own) == touched:  # a parent of what several products sum over would be no leaf
+                    walk.relations.tie(own, once)
         else:
             rest.append(walk.tie_along(labels, sorted(touched)))
             walk.scores.extend([] if by_weight else rest[-1:])

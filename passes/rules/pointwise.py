@@ -124,6 +124,11 @@ def is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
+def joins(node: fx.Node) -> bool:
+    """Tell whether an operation joins its operands element by element."""
+    return str(getattr(node.target, "overloadpacket", "")) in LIKE_POINTWISE or is_pointwise(node)
+
+
 @rule("aten.complex", "aten.polar")
 def pair(walk: Walk, node: fx.Node) -> Value:
     """Join the two halves of complex numbers."""
