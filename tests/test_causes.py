@@ -141,6 +141,21 @@ class Sampled(nn.Module):
         return x + self.output(mixed.mT).mT.reshape(x.shape)
 
 
+class Upsampled(nn.Module):
+    """Maps that become larger on the way, by transposed convolutions, and smaller again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.larger, self.down = (
+            nn.Conv2d(D, 10, 1),
+            nn.ConvTranspose2d(10, 8, 2, 2),
+            nn.Conv2d(8, D, 2, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.larger(self.up(x).relu()).relu())
+
+
 class Pooled(Attention):
     """Every second place of the keys, by a pool whose other window is one wide."""
 
@@ -304,6 +319,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int, int], tuple[
     "a Fourier transform": (Transformed, words, ("generic 3",)),
     "a type from elsewhere": (Cast, words, ATTENTION),
     "windows": (Unfolded, maps, ("generic 10",)),
+    "maps that become larger": (Upsampled, maps, ("generic 10", "generic 8")),
     "points of a map": (Sampled, maps, ("generic 12",)),
     "a pool along places": (Pooled, words, ATTENTION),
     "windows of keys": (Local, words, ("generic 3",)),

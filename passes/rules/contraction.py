@@ -326,6 +326,30 @@ def sample(walk: Walk, node: fx.Node) -> Any:
     )
 
 
+@rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+def transposed_convolution(walk: Walk, node: fx.Node) -> Any:
+    """Contract the channel axis of (B, C, *places) with that of a kernel (in, out, *places)."""
+    x, weight = walk.value(node.args[0]), walk.value(node.args[1])
+    space, groups = len(weight.shape) - 2, parameter(node, "groups", 6, 1)
+    if len(x.shape) != space + 2 or groups != 1:
+        return walk.opaque(node, f"no rule for {node.target} in groups, or without a batch axis")
+    x = mixed(walk, node, x)
+    if any(axes_of(labels) != {1} for labels in x.labels):
+        return walk.opaque(node, f"{node.target} over a labelled axis")
+    for labels in weight.labels:
+        if min(axes_of(labels), default=0) >= 2:
+            walk.relations.pin(labels, walk.relations.pin_label("kernel of a convolution", node.name))
+    flat = tuple(labels.reshape(labels.shape[:2]) for labels in weight.labels if axes_of(labels) <= {0, 1})
+    matrix = Value(weight.shape[:2], flat, weight.origin, weight.looked_up)
+    inner = tuple(labels.reshape(labels.shape[:2]) for labels in x.labels)
+    product = contract(walk, node, Value(x.shape[:2], inner, x.origin, x.looked_up), matrix, ("bi", "io", "bo"))
+    bias = parameter(node, "bias", 2)
+    if bias is not None:
+        product = walk.join([product, walk.value(bias)], product.shape)
+    spread = tuple(own.reshape(tuple(own.shape) + (1,) * space) for own in product.labels)
+    return Value(sizes(node), spread, product.origin, product.looked_up)
+
+
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
 def convolution(walk: Walk, node: fx.Node) -> Any:
     """Contract the channel axis; a depthwise convolution is pointwise in its channels."""
