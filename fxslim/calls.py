@@ -42,12 +42,12 @@ def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping
             rest = {key: value[key] for key in sorted(value)}
         elif parameter.kind is inspect.Parameter.VAR_POSITIONAL or parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
             raise InputError(f"it takes {name!r} by position alone")
-        elif not same(value, parameter.default):
+        elif not _same(value, parameter.default):
             named[name] = value
     return named | rest
 
 
-def same(value: Any, other: Any) -> bool:
+def _same(value: Any, other: Any) -> bool:
     """Tell whether two plain values are the same; tensors and objects never are."""
     return isinstance(value, PLAIN) and type(value) is type(other) and bool(value == other)
 
@@ -106,7 +106,7 @@ class Entry:
         sizes: dict[str, int] = {}
         for leaf, wanted in zip(leaves, self.leaves, strict=True):
             if not isinstance(wanted, Leaf):
-                if not same(leaf, wanted):
+                if not _same(leaf, wanted):
                     return f"it is called with {leaf!r:.40} instead of {wanted!r:.40}"
             elif (reason := wanted.misfit(leaf, sizes)) is not None:
                 return reason

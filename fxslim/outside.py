@@ -29,7 +29,7 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.inside = False
+        self.inside = 0
         self.read: dict[int, str] = {}
 
     def note(self, tree: Any, reason: str) -> None:
@@ -43,67 +43,48 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def read_outside(
-    shadow: nn.Module, example: Mapping[str, Any], paths: frozenset[str], left: frozenset[str]
-) -> dict[int, str]:
-    """Return the memory that the model reads outside of its regions: storage -> what was seen.
-
-    Args:
-        shadow: a (shared) copy of the model.
-        example: what it is called with.
-        paths: the regions.
-        left: modules inside regions that are not traced.
-    """
+def read_outside(shadow: nn.Module, example: Mapping[str, Any], paths: frozenset[str]) -> dict[int, str]:
+    """Return the memory that the model reads outside of its regions: storage -> what was seen."""
     reads = _Reads()
     with reads, torch.no_grad(), quiet():
 
         def enter(path: str, args: Any, kwargs: Any) -> None:
             reads.note((args, kwargs), f"given to {path} as an argument")
+            reads.inside += 1
 
-        def turn(inside: bool) -> None:
-            reads.inside = inside
+        def leave() -> None:
+            reads.inside -= 1
 
-        with outermost(shadow, paths, left, enter, turn):
+        with outermost(shadow, paths, enter, leave):
             shadow(**pytree.tree_map(private, dict(example)))
     return reads.read
 
 
 @contextmanager
 def outermost(
-    model: nn.Module,
-    paths: frozenset[str],
-    left: frozenset[str],
-    enter: Callable[[str, Any, Any], None],
-    turn: Callable[[bool], None] = lambda inside: None,
+    model: nn.Module, paths: frozenset[str], enter: Callable[[str, Any, Any], None], leave: Callable[[], None]
 ) -> Iterator[None]:
-    """Call back when a run of the model enters and leaves some modules; calls inside such calls are part of them.
-
-    Args:
-        model: the model.
-        paths: the modules.
-        left: modules inside them that are no part of them; calls of ``paths`` inside these count again.
-        enter: called with path, arguments and keywords, where a run enters a module.
-        turn: called with True where a run comes to be inside, with False where it comes to be outside.
-    """
-    inside = [False]
+    """Call back at the start and the end of every call of some modules, calls inside such calls left out."""
+    depth = 0
     handles: list[Any] = []
 
     def before(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            enters = path in paths and not inside[-1]
-            inside.append(path not in left and (enters or inside[-1]))
-            if enters:
+            nonlocal depth
+            depth += 1
+            if depth == 1:
                 enter(path, args, kwargs)
-            turn(inside[-1])
 
         return hook
 
     def after(*_: Any) -> None:
-        inside.pop()
-        turn(inside[-1])
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            leave()
 
     try:
-        for path in paths | left:
+        for path in paths:
             module = model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(after, always_call=True))

@@ -65,7 +65,6 @@ class Region:
         own: placeholder name -> name of the tensor inside the module, constants that tracing has lifted left out.
         ranges: sizes for which the trace holds; they name the placeholders in ``inputs``.
         calls: how many calls of the example run it stands for.
-        opaque: paths of modules inside the module that are not traced: a call of one is one operation of the graph.
     """
 
     path: str
@@ -75,7 +74,6 @@ class Region:
     own: Mapping[str, str]
     ranges: tuple[SizeRange, ...]
     calls: int
-    opaque: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,6 @@ class Program:
         untraced: path of a module that is part of no region -> why; ``""`` is the whole model.
         held: names of tensors that something outside of the regions reads or owns as well -> what.
         open_axes: how many leading axes of the inputs were traced for other sizes; None for all that can be.
-        opaque: the name that an opaque call has in the graph -> what is called (see `fxslim.opaque`).
     """
 
     graph: fx.Graph
@@ -118,7 +115,6 @@ class Program:
     untraced: Mapping[str, str] = field(default_factory=dict)
     held: Mapping[str, str] = field(default_factory=dict)
     open_axes: int | None = None
-    opaque: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor_name(self, node: object) -> str | None:
         """Return the canonical tensor name of a placeholder node, or None for any other node."""
@@ -129,11 +125,6 @@ class Program:
     def with_reasons(self, untraced: Mapping[str, str], held: Mapping[str, str]) -> Program:
         """Return a program of regions that says what is in none of them, and which tensors have to stay."""
         return replace(self, untraced=untraced, held=held)
-
-    @property
-    def left_out(self) -> frozenset[str]:
-        """Return the paths of modules inside regions that are not traced."""
-        return frozenset(f"{region.path}.{path}" for region in self.regions for path in region.opaque)
 
 
 UNBACKED = 12

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,12 +13,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxslim.calls import by_name, entry, signature_of
-from fxslim.errors import FxslimError, TraceError
-from fxslim.opaque import Opaque, opaque, same_around, without_tensors
+from fxslim.errors import FxslimError, InputError, TraceError
 from fxslim.outside import private, read_outside, storage
 from fxslim.plan import Note
 from fxslim.program import Program, named_tensors
-from fxslim.recording import Call, Shaped, has_forward, recording
 from fxslim.sharing import named_once, share, transient_names, without_caches
 from fxslim.trace import quiet, trace_part
 from fxslim.unite import Part, unite, whole_call
@@ -44,6 +44,16 @@ def region_notes(program: Program) -> tuple[Note, ...]:
     )
 
 
+@dataclass
+class Call:
+    """One call of a module: what it was given, and the calls inside it."""
+
+    path: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+    inner: list[Call] = field(default_factory=list)
+
+
 def trace_regions(
     model: nn.Module, *candidates: Mapping[str, Any], whole: TraceError, filled: frozenset[str] = frozenset()
 ) -> Program:
@@ -67,17 +77,15 @@ def trace_regions(
         raise whole
     paths = frozenset(part.path for part in parts)
     call = whole_call(model, example, result, filled)
-    program = replace(unite(parts, named_once(model), transient_names(model), call), opaque=search.calls)
-    left = program.left_out
-    untraced = _untraced(model, root, search.failed, paths, left)
-    return _with_reasons(program, shadow, untraced, read_outside(shadow, example, paths, left))
+    program = unite(parts, named_once(model), transient_names(model), call)
+    return _with_reasons(
+        program, shadow, _untraced(model, root, search.failed, paths), read_outside(shadow, example, paths)
+    )
 
 
 def _with_reasons(program: Program, shadow: nn.Module, untraced: dict[str, str], read: Mapping[int, str]) -> Program:
     """Add what was not traced, and which tensors the rest of the model needs as they are."""
-    paths, left = frozenset(region.path for region in program.regions), program.left_out
-    nearest = [(_above(path, paths | left), id(m)) for path, m in shadow.named_modules(remove_duplicate=False)]
-    inside = {m for path, m in nearest if path in paths} - {m for path, m in nearest if path in left}
+    inside = {id(m) for region in program.regions for m in shadow.get_submodule(region.path).modules()}
     held: dict[str, str] = {}
     for name, tensor in named_tensors(shadow).items():
         canonical = program.aliases.get(name, name)
@@ -93,15 +101,51 @@ def _record(
 ) -> tuple[Call, Mapping[str, Any], Any]:
     """Run the model on the first candidate that it takes; return the tree of its calls, the inputs, the result."""
     for candidate in candidates:
-        given = pytree.tree_map(private, dict(candidate))
-        root = Call("", arguments=given)
+        root = Call("")
         try:
             with recording(shadow, root), torch.no_grad(), quiet():
-                result = shadow(**given)
+                result = shadow(**pytree.tree_map(private, dict(candidate)))
         except Exception:  # noqa: BLE001 - a model may raise anything; why it was not traced is reported
             continue
         return root, candidate, result
     raise whole
+
+
+@contextmanager
+def recording(module: nn.Module, root: Call) -> Iterator[None]:
+    """Record the calls of all submodules as a tree, while the context is open."""
+    stack = [root]
+    handles: list[Any] = []
+
+    def before(path: str, signature: inspect.Signature) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            call = Call(path)
+            try:
+                call.arguments = by_name(signature, args, kwargs)
+            except InputError as error:
+                call.refusal = str(error)
+            stack[-1].inner.append(call)
+            stack.append(call)
+
+        return hook
+
+    def after(*_: Any) -> None:
+        stack.pop()
+
+    try:
+        for path, child in module.named_modules():
+            if path and _has_forward(child):
+                hook = before(path, signature_of(child))
+                handles.append(child.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+                handles.append(child.register_forward_hook(after, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
 class _Search:
@@ -113,8 +157,6 @@ class _Search:
         self.failed = failed
         self.traced: dict[str, list[tuple[Program, list[Call]]]] = {}
         self.looks: dict[Any, str] = {}
-        self.opaque: dict[str, frozenset[str]] = {}
-        self.calls: dict[str, Opaque] = {}
 
     def parts(self, root: Call) -> tuple[Part, ...]:
         """Return the regions in the order of their first call."""
@@ -123,41 +165,7 @@ class _Search:
             refused = [path for path, of_path in calls.items() if path not in self.failed and not self._all(of_path)]
             if not refused:
                 break
-        self._again(root)
-        return tuple(
-            Part(path, program, len(met), frozenset(_inside(path, self.opaque.get(path, ())).values()))
-            for path in self._topmost(root)
-            for program, met in self.traced[path]
-        )
-
-    def _again(self, root: Call) -> None:
-        """Trace modules again whose parts are what cannot be traced, with each call of these parts as one operation.
-
-        The smallest ones are enough: what goes in and out of such a part stays anyway.
-        """
-        loose: frozenset[str] = frozenset()
-        deepest = sorted(self.failed, key=lambda path: path.count("."), reverse=True)
-        for path in (path for path in deepest if path and self.failed[path] != TOO_SMALL):
-            below = frozenset(one for one in loose if one.startswith(f"{path}."))
-            known = [parts for one, parts in self.opaque.items() if one.startswith(f"{path}.")]
-            if not below:
-                loose |= frozenset() if known else {path}
-                continue
-            parts = below.union(*known)
-            if not self._worth(path, parts):
-                continue
-            loose -= below
-            reason = self.failed.pop(path)
-            if self._all(list(root.within(frozenset({path}))), parts):
-                self.opaque[path] = parts
-            else:
-                self.failed[path] = reason
-                loose |= {path}
-
-    def _worth(self, path: str, parts: frozenset[str]) -> bool:
-        """Tell whether a module multiplies at least twice besides what these parts of it do."""
-        own = self.model.get_submodule(path).named_parameters(prefix=path, remove_duplicate=False)
-        return sum(parameter.ndim > 1 and _above(name, parts) is None for name, parameter in own) > 1
+        return tuple(Part(path, program, len(met)) for path in calls for program, met in self.traced[path])
 
     def _topmost(self, call: Call) -> dict[str, list[Call]]:
         """Return the calls below one that have not failed, by path."""
@@ -166,75 +174,44 @@ class _Search:
             if inner.path in self.failed:
                 for path, calls in self._topmost(inner).items():
                     found.setdefault(path, []).extend(calls)
-                continue
-            found.setdefault(inner.path, []).append(inner)
-            for part in inner.within(self.opaque.get(inner.path, frozenset())):
-                for path, calls in self._topmost(part).items():
-                    found.setdefault(path, []).extend(calls)
+            else:
+                found.setdefault(inner.path, []).append(inner)
         return found
 
-    def _all(self, calls: list[Call], parts: frozenset[str] = frozenset()) -> bool:
-        """Trace a module, but for some parts of it, for all of its calls; note why where one of them cannot be."""
+    def _all(self, calls: list[Call]) -> bool:
+        """Trace a module for all of its topmost calls; note why where one of them cannot be."""
         path = calls[0].path
         module = self.model.get_submodule(path)
         reason = _refusal(module) or next((call.refusal for call in calls if call.refusal is not None), None)
         for call in sorted(calls, key=_small_axes) if reason is None else ():
-            reason = self._one(path, call, parts)
+            reason = self._one(path, call)
             if reason is not None:
                 break
         if reason is not None:
             self.failed[path] = reason
             self.traced.pop(path, None)
-        elif parts:
-            self._either_way(path, parts)
         return reason is None
 
-    def _either_way(self, path: str, parts: frozenset[str]) -> None:
-        """Add graphs for calls with the opposite of a yes-or-no argument, where nothing but the parts depends on it."""
-        ways, signature = self.traced[path], signature_of(self.model.get_submodule(path))
-        for program, met in tuple(ways):
-            for name in (name for name, value in met[0].arguments.items() if type(value) is bool):
-                arguments = by_name(signature, (), met[0].arguments | {name: not met[0].arguments[name]})
-                if any(_fits(known, arguments) for known, _ in ways):
-                    continue
-                try:
-                    other = self._program(path, met[0], arguments, parts)
-                except FxslimError:
-                    continue
-                if same_around(program.graph, other.graph):
-                    ways.append((other, []))
-
-    def _one(self, path: str, call: Call, parts: frozenset[str]) -> str | None:
+    def _one(self, path: str, call: Call) -> str | None:
         """Trace a module for one call, or find that it was; return why it cannot be."""
         ways = self.traced.setdefault(path, [])
         for program, met in ways:
             if any(call is one for one in met):
                 return None
-            if _fits(program, call.arguments) and _kinds(call, parts) == _kinds(met[0], parts):
+            if _fits(program, call.arguments):
                 met.append(call)
                 return None
         if len(ways) == MOST_WAYS:
             return f"it is called in more than {MOST_WAYS} ways"
         module = self.model.get_submodule(path)
-        look = (type(module), *_look(call.arguments), frozenset(_inside(path, parts).values()))
+        look = (type(module), *_look(call.arguments))
         if look not in self.looks:
-            for part in call.within(parts):
-                if part.refusal or part.secret:
-                    return f"{part.path} is part of no graph: {part.refusal or part.secret}"
             try:
-                ways.append((self._program(path, call, call.arguments, parts), [call]))
+                ways.append((trace_part(module, self.shadow.get_submodule(path), call.arguments), [call]))
                 return None
             except FxslimError as error:
                 self.looks[look] = first_line(error)
         return self.looks[look]
-
-    def _program(self, path: str, call: Call, arguments: Mapping[str, Any], parts: frozenset[str]) -> Program:
-        """Trace a module for some arguments, and the calls of some parts of it as they were in a recorded call."""
-        inside, shadow = _inside(path, parts), self.shadow.get_submodule(path)
-        recorded = {relative: [c for c in call.within(parts) if c.path == part] for part, relative in inside.items()}
-        with opaque(shadow, recorded, self.calls):
-            program = trace_part(self.model.get_submodule(path), shadow, arguments, bool(parts))
-        return without_tensors(program, recorded)
 
 
 def first_line(error: BaseException) -> str:
@@ -268,18 +245,6 @@ def _look(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     return (str(spec), tuple(kinds))
 
 
-def _inside(path: str, parts: Iterable[str]) -> dict[str, str]:
-    """Return path of a part -> its path inside a module."""
-    return {part: part[len(path) + 1 :] for part in parts}
-
-
-def _kinds(call: Call, parts: frozenset[str]) -> list[Any]:
-    """Return what a graph fixes of the results of parts that are not traced."""
-    made = [pytree.tree_flatten(part.returned) for part in call.within(parts)]
-    kinds = [[(x.dtype, len(x.shape)) if isinstance(x, Shaped) else x for x in leaves] for leaves, _ in made]
-    return [(spec, kind) for (_, spec), kind in zip(made, kinds, strict=True)]
-
-
 def _fits(program: Program, arguments: Mapping[str, Any]) -> bool:
     wanted = entry(program.call.example, program.inputs, program.ranges, program.graph)
     return wanted.misfit(arguments) is None
@@ -294,9 +259,7 @@ def _above(name: str, paths: frozenset[str]) -> str | None:
     return None
 
 
-def _untraced(
-    model: nn.Module, root: Call, failed: Mapping[str, str], paths: frozenset[str], left: frozenset[str]
-) -> dict[str, str]:
+def _untraced(model: nn.Module, root: Call, failed: Mapping[str, str], paths: frozenset[str]) -> dict[str, str]:
     """Return every module with products that is part of no region, outermost first, with the reason."""
     called: set[str] = set()
     waiting = [root]
@@ -306,13 +269,13 @@ def _untraced(
         waiting.extend(call.inner)
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        if _above(path, paths | left) in paths or not any(p.ndim > 1 for p in module.parameters()):
+        if _above(path, paths) is not None or not any(p.ndim > 1 for p in module.parameters()):
             continue
         inside = f"{path}." if path else ""
         if path in failed:
             found[path] = failed[path]
             continue
-        reached = not has_forward(module) or any(one.startswith(inside) for one in called | paths)
+        reached = not _has_forward(module) or any(one.startswith(inside) for one in called | paths)
         if not reached and not any(found.get(above) == NEVER_CALLED for above in _parents(path)):
             found[path] = NEVER_CALLED
     return found

@@ -76,14 +76,13 @@ def _plain_notes(given: Mapping[str, Any], example: Mapping[str, Any]) -> tuple[
     )
 
 
-def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any], partly: bool = False) -> Program:
+def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any]) -> Program:
     """Trace a module inside a model as it is called there.
 
     Args:
         module: the module, whose tensors the program is to hold.
         shadow: its twin in a (shared) copy in eval mode, without caches.
         arguments: the arguments of the call by name; tensors are copied.
-        partly: whether parts of it are not traced, so that nothing shows which memory their results share.
 
     Raises:
         TraceError: ``torch.export`` cannot take it, or its graph could not stand in its place.
@@ -93,8 +92,6 @@ def trace_part(module: nn.Module, shadow: nn.Module, arguments: Mapping[str, Any
         exported, example = _export(shadow, (own,), type(module).__name__)
         if pytree.tree_structure(example) != pytree.tree_structure(own):
             raise TraceError("it can be traced for plain numbers only where it is given a tensor")
-        if partly and any(mutates(node) for node in exported.graph.nodes):
-            raise TraceError("it writes into tensors, and parts of it are not traced")
         exported = _without_writes(exported)
     if len(exported.graph_signature.user_outputs) != len(exported.graph_signature.output_specs):
         raise TraceError("it changes a buffer or an input in place")

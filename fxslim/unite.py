@@ -21,13 +21,11 @@ class Part:
         path: path of the module.
         program: its own trace; names are relative to the module.
         calls: how many calls it stands for.
-        opaque: paths of modules inside it that are not traced.
     """
 
     path: str
     program: Program
     calls: int
-    opaque: frozenset[str] = frozenset()
 
 
 def unite(
@@ -121,7 +119,6 @@ class _Union:
             own={name_of[at]: name for at, name in program.tensor_of.items() if name not in program.constants},
             ranges=tuple(replace(limit, input=name_of[limit.input]) for limit in program.ranges),
             calls=part.calls,
-            opaque=part.opaque,
         )
 
     def _copy(self, node: fx.Node, part: Part) -> None:

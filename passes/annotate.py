@@ -12,15 +12,7 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Components, Pin, Value, solve
-from fxslim.passes.rules import (  # noqa: F401 - fill RULES
-    contraction,
-    indexing,
-    movement,
-    opaque,
-    pointwise,
-    reduction,
-    routing,
-)
+from fxslim.passes.rules import contraction, indexing, movement, pointwise, reduction, routing  # noqa: F401 - fill RULES
 from fxslim.passes.rules.walk import RULES, Selection, Use, Walk, concrete
 from fxslim.program import Program, hint
 

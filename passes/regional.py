@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from fxslim.calls import Entry, by_name, entry, signature_of
 from fxslim.errors import InputError, NarrowError, UnsupportedModelError
-from fxslim.opaque import Opaque, opaque_calls
 from fxslim.outside import outermost
 from fxslim.passes.emit import follow_device
 from fxslim.passes.narrow import narrowed_copy
@@ -31,9 +28,8 @@ class Way:
 
     Attributes:
         entry: the calls that it takes.
-        graph: takes the tensors, the opaque calls, and the leaves of the arguments; returns the leaves of the result.
+        graph: takes the tensors, then the leaves of the arguments; returns the leaves of the result.
         tensors: names of the tensors inside the module, in the order in which the graph takes them.
-        opaque: the calls inside it of modules that are not traced, which the graph takes next.
         result: structure of the result.
     """
 
@@ -41,7 +37,6 @@ class Way:
     graph: fx.GraphModule
     tensors: tuple[str, ...]
     result: pytree.TreeSpec
-    opaque: tuple[Opaque, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Way:
         """Copy the graph; the rest never changes."""
@@ -76,8 +71,7 @@ class RegionForward:
             misfit = way.entry.misfit(arguments)
             if misfit is None:
                 tensors = [_get(self.module, name) for name in way.tensors]
-                calls = [partial(one.run, self.module.get_submodule(one.path)) for one in way.opaque]
-                leaves = way.graph(*tensors, *calls, *pytree.tree_leaves(arguments))
+                leaves = way.graph(*tensors, *pytree.tree_leaves(arguments))
                 return pytree.tree_unflatten(list(leaves), way.result)
             reason = reason or misfit
         raise InputError(unlike(self.path, reason))
@@ -114,7 +108,7 @@ def leads_as_traced(model: nn.Module, program: Program, way: Path) -> bool:
             raise InputError(unlike(path, reasons[0]))
 
     try:
-        with outermost(model, frozenset(entries), program.left_out, enter):
+        with outermost(model, frozenset(entries), enter, lambda: None):
             way.run(model)
     except InputError:
         return False
@@ -174,37 +168,15 @@ def _way(region: Region, program: Program, made: Rewritten, module: nn.Module) -
         else:
             continue
         twins[node] = _placeholder(graph, node)
-    calls = [node for node in opaque_calls(made.graph) if node in needed]
-    runs = {node: graph.placeholder(node.name) for node in calls}
     for name in region.inputs:
         twins[placed[name]] = _placeholder(graph, placed[name])
     for node in made.graph.nodes:
-        if node in runs:
-            given = fx.map_arg(node.args[0], twins.__getitem__)
-            twins[node] = graph.call_function(run_opaque, (runs[node], given, _read(node)))
-        elif node.op == "call_function" and node in needed:
+        if node.op == "call_function" and node in needed:
             twins[node] = graph.node_copy(node, twins.__getitem__)
     graph.output(fx.map_arg(_results(region, made), twins.__getitem__))
     follow_device(graph, [twins[placed[name]] for name in region.inputs])
     graph.eliminate_dead_code()
-    return Way(
-        entry=_entry(region, program),
-        graph=fx.GraphModule(nn.Module(), graph),
-        tensors=tuple(tensors),
-        result=region.call.out_spec,
-        opaque=tuple(program.opaque[str(node.args[1])] for node in calls),
-    )
-
-
-def run_opaque(call: Callable[..., list[torch.Tensor]], given: list[torch.Tensor], read: list[int]) -> Any:
-    """Run an opaque call in a graph (see `Opaque.run`)."""
-    return call(given, read)
-
-
-def _read(node: fx.Node) -> list[int]:
-    """Return which results of an opaque call the graph computes with, and not only hands on."""
-    picks = {pick: int(pick.args[1]) for pick in node.users}  # type: ignore[arg-type]
-    return [number for pick, number in picks.items() if any(user.op != "output" for user in pick.users)]
+    return Way(_entry(region, program), fx.GraphModule(nn.Module(), graph), tuple(tensors), region.call.out_spec)
 
 
 def _results(region: Region, made: Rewritten) -> tuple[Any, ...]:

@@ -31,8 +31,6 @@ LAYERS: tuple[frozenset[str], ...] = (
             "calls",
             "regions",
             "outside",
-            "recording",
-            "opaque",
             "unite",
             "inputs",
             "flow",

@@ -16,7 +16,7 @@ from fxslim.program import Program
 SOFTMAX = ("aten.softmax", "aten._softmax", "aten._safe_softmax")
 BARRIERS = (
     "aten.linear", "aten.mm", "aten.bmm", "aten.matmul", "aten.addmm", "aten.baddbmm", "aten.einsum", "aten.embedding",
-    "aten.scaled_dot_product_attention", "aten.layer_norm", "aten.rms_norm", "fxslim.opaque",
+    "aten.scaled_dot_product_attention", "aten.layer_norm", "aten.rms_norm",
 )  # fmt: skip
 """Operations behind which nothing competes for this selection any more."""
 AWARE = (
