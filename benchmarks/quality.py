@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.quality --data PATH`` prunes the packaged all-MiniLM-L6-v2 on sentences of the STS-B training set
 (without labels) and scores it on the test set, prunes a classifier on SST-2, and writes
-``benchmarks/results/quality.{json,md,png}``. ``PATH`` holds ``stsb/{train,test}.csv`` and ``sst2/{train,dev}.tsv``.
+``benchmarks/results/quality.{json,md}``. ``PATH`` holds ``stsb/{train,test}.csv`` and ``sst2/{train,dev}.tsv``.
 """
 
 from __future__ import annotations
