@@ -160,7 +160,14 @@ def slim(
     try:
         small, record = _narrow(known, plan, want.request, quick, progress, observer, clock)
     except VerifyError:
-        small, record = _narrow(known, plan, want.request, thorough, progress, observer, clock)
+        try:
+            small, record = _narrow(known, plan, want.request, thorough, progress, observer, clock)
+        except VerifyError:
+            if not isinstance(model, Inspection) or model.analysis is None or want.recipe is not None:
+                raise
+            given = model.analysis  # the model may have changed in a way that an Inspection cannot see
+            return slim(given.model, given.example_inputs, plan=plan, inplace=inplace, progress=progress,
+                        observer=observer, **asked)  # fmt: skip
     if inplace:
         settle(dense)
         put(dense, {} if repaired is None else repaired.tensors)
@@ -372,22 +379,25 @@ def _narrow(
     clock: _Clock,
 ) -> tuple[nn.Module, Record]:
     failed: VerifyError | None = None
-    for open_axes in OPEN_AXES if lines.makes_graph(last) else OPEN_AXES[:1]:
+    bare = Facts().adding(known.get(lines.Subject))
+    attempts: list[tuple[int | None, Facts]] = [(None, known)]
+    if lines.makes_graph(last):  # what was known may not hold any more, for reasons that an Inspection cannot see
+        attempts += [(None, bare)] * (Program in known.known) + [(axes, bare) for axes in OPEN_AXES[1:]]
+    for open_axes, given in attempts:
         if open_axes and clock.program is not None and max(lines.open_axes(clock.program), default=0) < open_axes:
             continue  # the trace that failed left no more open
-        given = known if open_axes is None else Facts().adding(known.get(lines.Subject))
-        given = given if plan is None else given.adding(plan)
-        clock.program = given.find(Program)
-        pipeline = lines.narrowing(request, tuple(given.known), last=last, open_axes=open_axes)
+        facts = given if plan is None else given.adding(plan)
+        clock.program = facts.find(Program)
+        pipeline = lines.narrowing(request, tuple(facts.known), last=last, open_axes=open_axes)
         try:
-            facts = _run(pipeline, given, observer, clock, progress=progress)
+            facts = _run(pipeline, facts, observer, clock, progress=progress)
         except VerifyError as error:  # loops over rows or pieces are traced for one number of them
             failed = failed or error
             if clock.program is not None and clock.program.regions:
                 break
             continue
         report = dataclasses.replace(facts.get(Report), seconds=clock.seconds)
-        if failed is not None:
+        if failed is not None and open_axes is not None:
             reason = f"traced with sizes fixed: with open ones, other sizes could not be verified ({failed.where})"
             report = dataclasses.replace(report, notes=(*report.notes, Note(where="graph form", reason=reason)))
         return facts.get(lines.Narrowed).module, Record(facts.get(Plan), report)

@@ -166,3 +166,24 @@ def test_an_inspection_is_given_alone() -> None:
     bare = fxslim.Inspection(sites=found.sites, pinned=found.pinned)
     with pytest.raises(InputError, match=r"was not made by fxslim\.inspect"):
         fxslim.compile(bare, ffn=0.5)
+
+
+@pytest.mark.parametrize("make", [fxslim.slim, fxslim.compile])
+def test_a_change_that_cannot_be_seen_is_traced_anew_when_it_shows(make: Callable[..., Any]) -> None:
+    """An attribute of the class: verification fails on what was known, and the result is that of the model itself."""
+
+    class Scaled(Mixer):
+        factor = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.factor
+
+    model, inputs = Scaled().double().eval(), {"x": torch.randn(2, 5, 6, dtype=torch.float64)}
+    found = fxslim.inspect(model, inputs)
+    plan = random_plan(model, found.sites, seed=1)
+    Scaled.factor = 3.0
+    small = make(found, plan=plan)
+    other = {"x": torch.randn(3, 8, 6, dtype=torch.float64)}
+    with fxslim.masked(model, plan):
+        expected = outputs(model, other)
+    assert difference(expected, outputs(small, other)) < EXACT
