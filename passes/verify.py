@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,8 @@ def compare(model: nn.Module, small: nn.Module, plan: Plan, references: Sequence
         _same_shapes(reference.outputs, found, path)
         measured = _full(reference, found) if reference.exact is None else _half(reference, found)
         if not measured.max_abs <= measured.tolerance and reference.lowest == torch.float32:
-            measured = _half(_against_float64(model, plan, reference), found)
+            with suppress(RuntimeError, NotImplementedError):  # of kernels that have no float64, float32 decides
+                measured = _half(_against_float64(model, plan, reference), found)
         if not measured.max_abs <= measured.tolerance:
             site, max_abs = first_wrong(model, small, plan, path)
             raise VerifyError(site, max_abs or measured.max_abs, measured.tolerance, path.name)
