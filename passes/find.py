@@ -477,6 +477,9 @@ class _Search:
         size = len(self.rows[key])
         uses = [use for use in self.labels.contracted if start <= int(use.labels.min()) < start + size]
         entered = {self._entered(use, owner) for use in uses}
+        calls = {(_call_of(use.node), self._entered(use, owner)) for use in uses}
+        if len(calls) > len({call for call, _ in calls}):
+            return None  # one call reads it with several of its inputs, and a hook masks the first
         return None if None in entered or not self.inputs.get(owner, set()) <= entered else owner
 
     def _entered(self, use: Use, owner: str) -> fx.Node | None:
@@ -661,3 +664,9 @@ def _draw(
     for group in members:
         gone[rng.permutation(group)[: min(max(1, int(smallest * fraction)), smallest - least)]] = True
     return gone
+
+
+def _call_of(node: fx.Node) -> str:
+    """Return which call of which module an operation came from, as far as the trace tells calls apart."""
+    stack = node.meta.get("nn_module_stack") or {"": None}
+    return str(list(stack)[-1])

@@ -156,6 +156,18 @@ class Upsampled(nn.Module):
         return x + self.down(self.larger(self.up(x).relu()).relu())
 
 
+class Crossed(nn.Module):
+    """Torch's own attention over three different inputs, each from a projection of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(D, D, bias=False) for _ in range(3))
+        self.inner = nn.MultiheadAttention(D, H, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.q(x), self.k(x.tanh()), self.v(x.cos()), need_weights=False)[0]
+
+
 class Pooled(Attention):
     """Every second place of the keys, by a pool whose other window is one wide."""
 
@@ -515,3 +527,16 @@ def test_a_site_that_fails_on_one_path_is_left_in_place(monkeypatch: pytest.Monk
     reasons = {note.where: note.reason for note in small.fxslim.report.not_done}
     assert "would not compute the same on every path" in reasons["first:ffn"]
     assert_same(model, small)
+
+
+def test_what_one_call_reads_with_several_inputs_is_masked_in_its_columns() -> None:
+    model = built(Crossed)
+    found = fxslim.inspect(model, words(2, S, 0))
+    plan = random_plan(model, found.sites, seed=1)
+    graph = fxslim.compile(model, words(2, S, 0), plan=plan)
+    small = fxslim.slim(model, words(2, S, 0), plan=plan)
+    assert any(piece.tensor == "inner.in_proj_weight" for part in plan for piece in part.site.slices)
+    with fxslim.masked(model, plan):
+        expected = outputs(model, words(3, 8, 2))
+    for form in (small, graph):
+        assert difference(expected, outputs(form, words(3, 8, 2))) < 1e-12
