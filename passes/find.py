@@ -476,8 +476,8 @@ class _Search:
         start = self.labels.starts[key]
         size = len(self.rows[key])
         uses = [use for use in self.labels.contracted if start <= int(use.labels.min()) < start + size]
-        entered = {self._entered(use, owner) for use in uses}
         calls = {(_call_of(use.node), self._entered(use, owner)) for use in uses}
+        entered = {node for _, node in calls}
         if len(calls) > len({call for call, _ in calls}):
             return None  # one call reads it with several of its inputs, and a hook masks the first
         return None if None in entered or not self.inputs.get(owner, set()) <= entered else owner

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 
 from fxslim.errors import RequestError
 from fxslim.passes.fitting.latency import Latency
-from fxslim.plan import Site, SitePlan, leads, removed_rows
+from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program
 from fxslim.targets import Target
 
@@ -76,12 +76,12 @@ def allocate(levels: Sequence[Sequence[Level]], limits: Sequence[float]) -> list
     return [int(np.argmax(found.x[a:b])) for a, b in pairwise(starts)]
 
 
-def level_steps(count: int, multiple: int) -> list[int]:
-    """Return numbers of steps, from none up to ``count``: at most 48, apart by multiples where there are more."""
-    every = max(multiple, 1)
+def level_steps(count: int) -> list[int]:
+    """Return numbers of steps, from none up to ``count``: at most 48, a power of two apart where there are more."""
+    every = 1
     while count // every > MOST_LEVELS:
         every *= 2
-    return sorted({*range(0, count + 1, every)})
+    return list(range(0, count + 1, every))
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,7 @@ def _corrected(target: Target, asked: float, have: float, limit: float, dense: f
     return dense - (dense - asked) * (dense - limit) / saved
 
 
-def slopes(price: Price, site: Site, keep: Sequence[int], steps: int, resources: Sequence[str]) -> np.ndarray:
-    """Return what a site saves of each counted resource with every step, from what it saves with ``steps`` of them."""
-    part = (SitePlan(site=site, keep=tuple(keep)),)
-    return np.array([0.0 if name == "time" else (price.of(name, ()) - price.of(name, part)) / steps
-                     for name in resources])  # fmt: skip
+def saved(price: Price, dense: Sequence[float], part: SitePlan, resources: Sequence[str]) -> np.ndarray:
+    """Return what a site plan by itself saves of each counted resource; of time, nothing: that has its own table."""
+    return np.array([0.0 if name == "time" else whole - price.of(name, (part,))
+                     for name, whole in zip(resources, dense, strict=True)])  # fmt: skip

@@ -151,7 +151,6 @@ def residual(node: fx.Node) -> fx.Node | None:
     Sums with what is computed later (parallel branches) are passed through; anything else that is done to the result
     on the way, such as a norm, ends the walk.
     """
-    order = {one: i for i, one in enumerate(node.graph.nodes)}
     current = node
     while True:
         users = [user for user in current.users if user.op == "call_function" and operation(user) != "aten.sym_size"]
@@ -166,7 +165,7 @@ def residual(node: fx.Node) -> fx.Node | None:
         other = user.args[1] if user.args[0] is current else user.args[0]
         if not isinstance(other, fx.Node) or other is current:
             return None
-        if order[other] < order[node] and other.op == "call_function":
+        if other < node and other.op == "call_function":
             return other if _same(other, user) else None
         current = user
 

@@ -10,16 +10,16 @@ import numpy as np
 from torch import Tensor
 
 from fxslim.calibration import Calibration
-from fxslim.passes.fitting.budget import Level, Price, allocate, level_steps, slopes, within
+from fxslim.passes.fitting.budget import Level, Price, allocate, level_steps, saved, within
 from fxslim.passes.fitting.curve import Curve
 from fxslim.passes.fitting.latency import Shape
-from fxslim.passes.fitting.look import PARTS, PROBE_WORK, Halves, choices, look, weigh
+from fxslim.passes.fitting.look import PARTS, PROBE_WORK, Halves, look, weigh
 from fxslim.passes.fitting.observe import rows_of
 from fxslim.passes.fitting.probe import Probe
 from fxslim.passes.fitting.refit import Repair
 from fxslim.passes.fitting.repair import repair
 from fxslim.passes.fitting.search import SEARCH_WORK, TRIES, search
-from fxslim.passes.fitting.subjects import Chosen, Subjects, fit_of, parts_of, subjects_of
+from fxslim.passes.fitting.subjects import Chosen, Subjects, choices, fit_of, parts_of, subjects_of
 from fxslim.passes.methods import WEIGHTS
 from fxslim.plan import Note, Site, SitePlan, units_by_group
 from fxslim.program import Program
@@ -165,7 +165,7 @@ def _by_targets(
     """Return the steps that cost the model's output least within the budget."""
     resources = [one.resource for one in recipe.targets]
     dense = np.array([price.of(name, ()) for name in resources])
-    saved = _time_saved(subjects, price, resources)
+    faster = _time_saved(subjects, price, resources)
     levels: dict[str, list[Level]] = {}
     for name, site in subjects.sites.items():
         own = [Level(False, 0, 0.0, np.zeros(len(resources)))]
@@ -174,9 +174,10 @@ def _by_targets(
             sizes = _aligned(subjects, site, curve, groups, recipe.round_to)
             if not sizes:
                 continue
-            slope = slopes(price, site, curve.keep(site.units, sizes[-1]), sizes[-1], resources)
+            most = SitePlan(site=site, keep=curve.keep(site.units, sizes[-1]))
+            slope = saved(price, dense, most, resources) / sizes[-1]
             own += [
-                Level(groups, n, subjects.damage(name, groups, n), -slope * n - saved(name, groups, n)) for n in sizes
+                Level(groups, n, subjects.damage(name, groups, n), -slope * n - faster(name, groups, n)) for n in sizes
             ]
         levels[name] = own
     picks: dict[str, Level] = {}
@@ -250,7 +251,7 @@ def _aligned(subjects: Subjects, site: Site, curve: Curve, groups: bool, round_t
         return kept * width % multiple == 0 and kept % site.multiple == 0
 
     found = [n for n in range(1, len(curve.steps) + 1) if fits(n)] or list(range(1, len(curve.steps) + 1))
-    return [found[i - 1] for i in level_steps(len(found), 1) if i]
+    return [found[i - 1] for i in level_steps(len(found)) if i]
 
 
 def _uniform(subjects: Subjects, levels: Mapping[str, list[Level]], limits: np.ndarray) -> dict[str, Level]:

@@ -18,10 +18,9 @@ from fxslim.passes.fitting.observe import Gradients, Rows, gradients, sums
 from fxslim.passes.fitting.probe import Probe
 from fxslim.passes.fitting.refit import Refit, refit, sliced
 from fxslim.passes.fitting.seen import Read, Seen
-from fxslim.passes.fitting.subjects import Subjects
+from fxslim.passes.fitting.subjects import Subjects, choices
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.methods import GRADIENTS, METHODS
-from fxslim.plan import Site
 from fxslim.program import Program
 
 PARTS = (0.25, 0.5, 0.75)
@@ -52,12 +51,6 @@ class Half:
 
 
 Halves = dict[str, tuple[Half, ...]]
-
-
-def choices(site: Site) -> list[bool]:
-    """Return what may go: single units, and whole groups where they may."""
-    whole = site.groups is not None and not site.groups_stay and site.group_count > 1
-    return [False, True] if whole else [False]
 
 
 def weigh(program: Program, subjects: Subjects, method: str, seed: int) -> None:

@@ -72,7 +72,7 @@ def subjects_of(program: Program, sites: Sequence[Site]) -> tuple[Subjects, list
     return names, notes
 
 
-def _choices(site: Site) -> list[bool]:
+def choices(site: Site) -> list[bool]:
     """Return what may go: single units, and whole groups where they may."""
     whole = site.groups is not None and not site.groups_stay and site.group_count > 1
     return [False, True] if whole else [False]

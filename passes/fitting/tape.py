@@ -37,13 +37,9 @@ class Tape:
         self.values: list[dict[fx.Node, Any]] = [self._inputs(batch) for batch in batches]
         self.at = 0
         self._place = {node: i for i, node in enumerate(self.nodes)}
-        kept = set(self.nodes)
-        self._last = {
-            node: max((self._place[user] for user in node.users if user in kept), default=-1)
-            for node in program.graph.nodes
-        }
         self._ends: dict[int, list[fx.Node]] = {}
-        for node, last in self._last.items():
+        for node in program.graph.nodes:
+            last = max((self._place[user] for user in node.users if user in self._place), default=-1)
             self._ends.setdefault(last, []).append(node)
 
     def fork(self) -> Tape:
@@ -53,19 +49,9 @@ class Tape:
         other.values = [dict(values) for values in self.values]
         return other
 
-    def on(self, batches: Sequence[int]) -> Tape:
-        """Return a fork with some of the batches only."""
-        other = self.fork()
-        other.values = [other.values[i] for i in batches]
-        return other
-
     def place(self, node: fx.Node) -> int:
         """Return a node's place in the order of execution."""
         return self._place[node]
-
-    def reaches(self, node: fx.Node) -> bool:
-        """Tell whether a node is part of what the outputs need."""
-        return node in self._place
 
     @torch.no_grad()
     def advance(self, until: fx.Node) -> None:
