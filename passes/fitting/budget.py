@@ -182,7 +182,7 @@ def _corrected(target: Target, asked: float, have: float, limit: float, dense: f
     return dense - (dense - asked) * (dense - limit) / saved
 
 
-def saved(price: Price, dense: Sequence[float], part: SitePlan, resources: Sequence[str]) -> np.ndarray:
+def saved(price: Price, dense: Sequence[float] | np.ndarray, part: SitePlan, resources: Sequence[str]) -> np.ndarray:
     """Return what a site plan by itself saves of each counted resource; of time, nothing: that has its own table."""
     return np.array([0.0 if name == "time" else whole - price.of(name, (part,))
                      for name, whole in zip(resources, dense, strict=True)])  # fmt: skip
