@@ -35,12 +35,18 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "wanda": {"method": "wanda", "uniform": True, "repair": False},
     "flap (bias)": {"method": "flap", "uniform": True, "repair": "bias"},
     "fisher, mask tuning": {"method": "fisher", "repair": "scale"},
-    "wanda, refit": {"method": "wanda", "uniform": True},
-    "obs, no repair": {"method": "obs", "uniform": True, "repair": False},
     "obs, uniform": {"method": "obs", "uniform": True},
     "obs": {"method": "obs"},
 }
 """Row -> keywords of `fxslim.slim`."""
+PARTS: Mapping[str, Mapping[str, Any]] = {
+    "wanda, refit": {"method": "wanda", "uniform": True},
+    "obs, uniform, no repair": {"method": "obs", "uniform": True, "repair": False},
+    "obs, dense inputs": {"method": "obs", "propagate": False},
+    "obs, no swaps": {"method": "obs", "swaps": False},
+}
+"""What the parts of the default are good for."""
+ROWS = {**METHODS, **PARTS}
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def measure(task: Any, method: str, budget: float, seed: int) -> Row:
 
     started = time.perf_counter()
     small: Any = fxslim.slim(
-        task.model, calibration=task.calibration(seed), target=fxslim.macs(budget), seed=seed, **METHODS[method]
+        task.model, calibration=task.calibration(seed), target=fxslim.macs(budget), seed=seed, **ROWS[method]
     )
     seconds = time.perf_counter() - started
     score, divergence = task.score(small)
@@ -197,7 +203,7 @@ def table(
     budgets = sorted({row.budget for row in rows}, reverse=True)
     lines = [f"| {task}, {unit} (dense {dense:.{digits}f}) | " + " | ".join(f"{b:.0%} of MACs" for b in budgets) + " |",
              "| --- |" + " --- |" * len(budgets)]  # fmt: skip
-    for method in METHODS:
+    for method in ROWS:
         cells = []
         for budget in budgets:
             values = [of(row) for row in rows if (row.method, row.budget) == (method, budget)]
@@ -213,15 +219,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with stsb/ and sst2/")
     parser.add_argument("--sst2-model", type=Path, help="a classifier fine-tuned on SST-2; left out without one")
+    parser.add_argument("--tasks", nargs="+", default=["stsb", "sst2"], choices=["stsb", "sst2"])
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=Path, help="keep rows here as they come, and go on from those that are there")
     given = parser.parse_args()
     from tqdm import tqdm
 
-    tasks: list[Any] = [Similarity(given.data)]
-    if given.sst2_model is not None:
+    tasks: list[Any] = [Similarity(given.data)] if "stsb" in given.tasks else []
+    if given.sst2_model is not None and "sst2" in given.tasks:
         tasks.append(Sentiment(given.data, given.sst2_model))
     rows = _kept(given.rows)
     done = {(row.task, row.method, row.budget, row.seed) for row in rows}

@@ -46,6 +46,9 @@ class Asked(TypedDict, total=False):
         repair: what is fitted of what stays: ``"refit"`` (or True, the default) the consumers' weights and biases,
             ``"scale"`` one factor for each unit, ``"bias"`` the biases alone; False for nothing.
         uniform: keep the same number at every site of a kind and size, within a target.
+        propagate: fit every part to what the narrowed model feeds it, so that later ones make up for earlier ones (the
+            default); False fits each to the dense model by itself.
+        swaps: with ``obs`` and repair, try to swap units that stay with units that go (the default).
         seed: for what is drawn.
     """
 
@@ -63,6 +66,8 @@ class Asked(TypedDict, total=False):
     method: str | None
     repair: bool | Repair
     uniform: bool
+    propagate: bool
+    swaps: bool
     seed: int
 
 
@@ -129,8 +134,12 @@ def _with_data(asked: Asked, request: Request, budget: tuple[Target, ...], *, pl
         raise RequestError(
             f"method={method!r} is none of {', '.join(METHODS)}.{f' Did you mean {near[0]}?' if near else ''}"
         )
+    for name in ("uniform", "propagate", "swaps"):
+        if not isinstance(asked.get(name, True), bool):
+            raise RequestError(f"{name}={asked.get(name)!r}: give True or False.")
     if data is None:
         idle = [name for name in ("max_tokens", "repair") if asked.get(name) not in (None, False)]
+        idle += [name for name in ("propagate", "swaps") if name in asked]
         if idle:
             raise RequestError(f"{idle[0]}= does nothing without calibration=.")
         if method is not None and method not in WEIGHTS:
@@ -145,6 +154,8 @@ def _with_data(asked: Asked, request: Request, budget: tuple[Target, ...], *, pl
         method=method or ("magnitude" if data is None else "obs"),
         repair=_repair(asked.get("repair", True)) if data is not None else None,
         uniform=asked.get("uniform", False),
+        propagate=asked.get("propagate", True),
+        swaps=asked.get("swaps", True),
         targets=budget,
         round_to=request.round_to,
         seed=seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -13,21 +13,18 @@ from fxslim.calibration import Calibration
 from fxslim.passes.fitting.budget import Level, Price, allocate, level_steps, saved, within
 from fxslim.passes.fitting.curve import Curve
 from fxslim.passes.fitting.latency import Shape
-from fxslim.passes.fitting.look import PARTS, PROBE_WORK, Halves, look, weigh
-from fxslim.passes.fitting.observe import rows_of
-from fxslim.passes.fitting.probe import Probe
+from fxslim.passes.fitting.look import look, weigh
+from fxslim.passes.fitting.observe import Rows, rows_of
 from fxslim.passes.fitting.refit import Repair
 from fxslim.passes.fitting.repair import repair
-from fxslim.passes.fitting.search import SEARCH_WORK, TRIES, search
+from fxslim.passes.fitting.sensitivity import sensitivity
 from fxslim.passes.fitting.subjects import Chosen, Subjects, choices, fit_of, parts_of, subjects_of
+from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.methods import WEIGHTS
 from fxslim.plan import Note, Site, SitePlan, units_by_group
 from fxslim.program import Program
 from fxslim.report import Fit
 from fxslim.targets import Target
-
-MOST_MOMENTS = 1 << 28
-"""Numbers of moments that are kept for the search: 2 GiB in float64."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class Recipe:
         repair: what is fitted of what is left; None for nothing.
         uniform: whether sites of one kind and size keep the same number.
         targets: budgets; empty where fractions are asked for.
+        propagate: whether every consumer is fitted to what the narrowed model feeds it.
+        swaps: whether the choice at a site is improved by swaps, where units are chosen by error.
         round_to: the kept number of inputs of each consumer is a multiple of this.
         seed: for what is drawn.
     """
@@ -46,6 +45,8 @@ class Recipe:
     method: str = "obs"
     repair: Repair | None = "refit"
     uniform: bool = False
+    propagate: bool = True
+    swaps: bool = True
     targets: tuple[Target, ...] = ()
     round_to: int = 1
     seed: int = 0
@@ -94,46 +95,47 @@ def fit(
     subjects, notes = subjects_of(program, sites)
     names = list(subjects.sites)
     repairs = recipe.repair is not None and data is not None
-    searches = bool(recipe.targets) and not recipe.uniform and data is not None
-    with _bar(len(names) * (1 - fixed + repairs) + TRIES * searches, visible=progress) as tick:
+    rows = rows_of(program, data.batches) if data is not None else None
+    with _bar(len(names) * (1 - fixed + repairs), visible=progress) as tick:
         chosen: Chosen = {}
+        if rows is not None and (repairs or recipe.method == "obs" or recipe.targets):
+            rows = _weighted(program, subjects, rows, recipe.seed)
         if not fixed:
-            halves, probe = _look(program, subjects, recipe, data, tick)
+            _look(program, subjects, recipe, rows, tick)
             if recipe.targets:
-                chosen = _by_targets(subjects, recipe, price, halves, probe, tick)
+                chosen = _by_targets(subjects, recipe, price)
             else:
                 chosen = _by_counts(subjects, asked)
-            del halves, probe
         mine = dict(asked) if fixed else {part.site.name: part for part in parts_of(subjects, chosen)}
         others = tuple(part for name, part in asked.items() if name not in subjects.sites and not recipe.targets)
-        if recipe.repair is None or data is None:
+        if recipe.repair is None or data is None or rows is None:
             own = [mine[name] for name in names if name in mine]
             fits = tuple(fit_of(subjects, part, chosen) for part in own)
             return Fitted((*own, *others), fits=fits, notes=tuple(notes))
         again = chosen if recipe.method == "obs" else {}
-        rows = rows_of(program, data.batches)
         parts, tensors, fits = repair(
-            program, subjects, data, rows, mine, again, tick, how=recipe.repair, seed=recipe.seed
-        )
+            program, subjects, data, rows, mine, again, tick, how=recipe.repair,
+            propagate=recipe.propagate, swaps=recipe.swaps, seed=recipe.seed,
+        )  # fmt: skip
     return Fitted((*parts, *others), tensors, fits, tuple(notes))
 
 
-def _look(
-    program: Program, subjects: Subjects, recipe: Recipe, data: Calibration | None, tick: Callable[[str], None]
-) -> tuple[Halves, Probe | None]:
+def _weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Rows:
+    """Return rows that count by how much the output depends on them; the sites' metrics are filled in."""
+    tape = Tape(program, [batch.inputs for batch in rows.batches], {n: t.detach() for n, t in program.tensors.items()})
+    found = sensitivity(tape, [one for own in subjects.reads.values() for one in own], rows, seed=seed)
+    subjects.roots = found.roots
+    return replace(rows, weights=found.weights)
+
+
+def _look(program: Program, subjects: Subjects, recipe: Recipe, rows: Rows | None, tick: Callable[[str], None]) -> None:
     """Make the curves of all sites."""
-    if data is None or (recipe.method in WEIGHTS and (not recipe.targets or recipe.uniform)):
+    if rows is None or (recipe.method in WEIGHTS and (not recipe.targets or recipe.uniform)):
         weigh(program, subjects, recipe.method, recipe.seed)
-        return {}, None
-    rows = rows_of(program, data.batches)
-    measures = bool(recipe.targets) and not recipe.uniform
-    times = len(subjects.sites) * len(PARTS) / 2 + TRIES
-    work = PROBE_WORK + SEARCH_WORK
-    probe = Probe(program, data, rows, work=work, times=times) if measures else None
-    most = MOST_MOMENTS if measures else 0
-    repairs, seed = recipe.repair is not None, recipe.seed
-    halves = look(program, subjects, recipe.method, data, rows, probe, tick, repair=repairs, most=most, seed=seed)
-    return halves, probe
+        return
+    expects = bool(recipe.targets) and not recipe.uniform
+    repairs = recipe.repair is not None
+    look(program, subjects, recipe.method, rows, tick, repair=repairs, expects=expects, seed=recipe.seed)
 
 
 def _by_counts(subjects: Subjects, asked: Mapping[str, SitePlan]) -> Chosen:
@@ -154,14 +156,7 @@ def _by_counts(subjects: Subjects, asked: Mapping[str, SitePlan]) -> Chosen:
     return chosen
 
 
-def _by_targets(
-    subjects: Subjects,
-    recipe: Recipe,
-    price: Price,
-    halves: Halves,
-    probe: Probe | None,
-    tick: Callable[[str], None],
-) -> Chosen:
+def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> Chosen:
     """Return the steps that cost the model's output least within the budget."""
     resources = [one.resource for one in recipe.targets]
     dense = np.array([price.of(name, ()) for name in resources])
@@ -181,10 +176,9 @@ def _by_targets(
             ]
         levels[name] = own
     picks: dict[str, Level] = {}
-    given = np.zeros(len(resources))
 
     def choose(limits: Sequence[float]) -> tuple[SitePlan, ...]:
-        nonlocal given, picks
+        nonlocal picks
         given = np.asarray(limits) - dense
         if recipe.uniform:
             picks = _uniform(subjects, levels, given)
@@ -194,12 +188,6 @@ def _by_targets(
         return parts_of(subjects, _steps(picks))
 
     within(price, recipe.targets, choose)
-    if probe is not None and halves.keys() == levels.keys():
-        found = search(
-            probe, subjects, halves, levels, picks, given, repair=recipe.repair is not None, seed=recipe.seed, tick=tick
-        )
-        if price.holds(recipe.targets, parts_of(subjects, _steps(found))):
-            picks = found
     return _steps(picks)
 
 

@@ -1,22 +1,20 @@
-"""Look at the dense model once: the cost curve of every site, and what its output loses at a few sizes."""
+"""Look at the dense model once: the cost curve of every site, and what the output should lose at a few sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxslim.calibration import Calibration
 from fxslim.passes.choose import measure
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import items
 from fxslim.passes.fitting.moments import Moments
 from fxslim.passes.fitting.observe import Gradients, Rows, gradients, sums
-from fxslim.passes.fitting.probe import Probe
-from fxslim.passes.fitting.refit import Refit, refit, sliced
+from fxslim.passes.fitting.refit import Refit, refit
 from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.fitting.subjects import Subjects, choices
 from fxslim.passes.fitting.tape import Tape
@@ -24,33 +22,9 @@ from fxslim.passes.methods import GRADIENTS, METHODS
 from fxslim.program import Program
 
 PARTS = (0.25, 0.5, 0.75)
-"""Parts of a site that are taken out, of this site alone, to see what that does to the model's output."""
-PROBE_WORK = 4.0
-"""How often all tokens may be run through the whole model for that."""
+"""Parts of a site that are taken out to see what that costs on sequences that nothing is fitted on."""
 RIDGES = (0.003, 0.03, 0.3)
-"""Ridges to choose from where many sizes are tried."""
-
-
-@dataclass(frozen=True)
-class Half:
-    """What one consumer reads, in sequences to fit with and in sequences to judge by."""
-
-    consumer: Consumer
-    weight: Tensor
-    fitting: Moments
-    judging: Moments
-
-    def tensors(self, keep: Sequence[int], tensors: Mapping[str, Tensor], *, repair: bool) -> dict[str, Tensor]:
-        """Return the consumer's tensors when some units are left."""
-        left = left_of(self.consumer, keep).to(self.weight.device)
-        if not repair:
-            return stored(self.consumer, sliced(self.judging, self.weight, left), left, tensors, bias=False)
-        owner = torch.from_numpy(self.consumer.owner)
-        made = refit(self.fitting, self.judging, self.fitting, self.weight, left, owner, ridges=RIDGES)
-        return stored(self.consumer, made, left, tensors)
-
-
-Halves = dict[str, tuple[Half, ...]]
+"""Ridges to choose from there."""
 
 
 def weigh(program: Program, subjects: Subjects, method: str, seed: int) -> None:
@@ -65,61 +39,53 @@ def look(
     program: Program,
     subjects: Subjects,
     method: str,
-    data: Calibration,
     rows: Rows,
-    probe: Probe | None,
     tick: Callable[[str], None],
     *,
     repair: bool,
-    most: int,
+    expects: bool,
     seed: int,
-) -> Halves:
+) -> None:
     """Run the dense model over the data once, and make the curve of every site as it comes by.
 
     Args:
         program: the traced model.
-        subjects: the sites; their curves and probes are filled in.
+        subjects: the sites; their curves, and what they lead one to expect, are filled in.
         method: name of the method.
-        data: calibration data.
-        rows: which rows count.
-        probe: what measures damage; None where no budget needs it.
+        rows: which rows count, and how much.
         tick: called with every site's name.
         repair: whether what is left is fitted.
-        most: how many numbers of moments may be kept.
+        expects: whether the damage to the output is to be known: only a budget over several sites needs it.
         seed: for what is drawn.
-
-    Returns:
-        The moments of all sites, for further fits; empty where they are too many.
     """
+    inputs = [batch.inputs for batch in rows.batches]
     bent: dict[str, Gradients] = {}
-    inputs = [batch.inputs for batch in data.batches]
     if method in GRADIENTS:
         wanted = {name: (site.units, subjects.reads[name]) for name, site in subjects.sites.items()}
         bent = dict(gradients(Tape(program, inputs, program.tensors), wanted, rows, seed=seed))
     tape = Tape(program, inputs, program.tensors)
-    every: Halves = {}
-    size = sum(2 * len(one.owner) ** 2 for own in subjects.reads.values() for one in own)
+    plain = replace(rows, weights={}) if method != "obs" else rows  # as the authors of the other methods have it
     for name, site in subjects.sites.items():
-        reads, halves = [], []
+        every, fitting, judging = [], [], []
         for consumer in subjects.reads[name]:
-            weight = consumer.matrix(program.tensors)
-            seen_sums = sums(tape, consumer, rows, None, 0)
+            weight, root = consumer.matrix(program.tensors), subjects.roots.get(consumer.weight)
+            seen_sums = sums(tape, consumer, plain, None, 0)
             centred = consumer.bias is not None
             bias = program.tensors[consumer.bias].detach().double() if consumer.bias is not None else None
-            own = [_own_targets(seen_sums.moments(part, centred=centred), weight, bias) for part in (None, 0, 1)]
-            reads.append(Read(consumer, own[0], weight))
-            halves.append(Half(consumer, weight, own[1], own[2]))
+            for reads, part in ((every, None), (fitting, 0), (judging, 1)):
+                own = _own_targets(seen_sums.moments(part, centred=centred), weight, bias)
+                reads.append(Read(consumer, own, weight, root))
         slopes = bent.get(name, Gradients(np.zeros(site.units), np.zeros(site.units)))
-        seen = Seen(site, measure(site, program.tensors).scores, tuple(reads), slopes.first, slopes.second, seed)
+        seen = Seen(site, measure(site, program.tensors).scores, tuple(every), slopes.first, slopes.second, seed)
         for groups in choices(site):
-            subjects.curves[name, groups] = METHODS[method](seen, items(site, groups=groups))
-            if probe is not None:
-                probe.tape.advance(min((c.node for h in halves for c in h.consumer.calls), key=probe.tape.place))
-                subjects.probes[name, groups] = _probed(probe, subjects, name, groups, halves, repair=repair)
-        if size <= most:
-            every[name] = tuple(halves)
+            subjects.curves[name, groups] = curve = METHODS[method](seen, items(site, groups=groups))
+            for part in PARTS if expects else ():
+                steps = round(part * len(curve.steps))
+                if steps:
+                    keep = curve.keep(site.units, steps)
+                    damage = sum(_damage(*two, keep, repair=repair) for two in zip(fitting, judging, strict=True))
+                    subjects.expected.setdefault((name, groups), []).append((float(curve.damage[steps]), damage))
         tick(name)
-    return every
 
 
 def _own_targets(moments: Moments, weight: Tensor, bias: Tensor | None) -> Moments:
@@ -129,20 +95,19 @@ def _own_targets(moments: Moments, weight: Tensor, bias: Tensor | None) -> Momen
     return replace(moments, t=t, xt=xt, tt=float((weight * xt).sum()))
 
 
-def _probed(
-    probe: Probe, subjects: Subjects, name: str, groups: bool, halves: Sequence[Half], *, repair: bool
-) -> list[tuple[float, float]]:
-    """Return (error of the sum, damage to the output) after parts of a curve."""
-    curve, site = subjects.curves[name, groups], subjects.sites[name]
-    found = []
-    for part in PARTS:
-        steps = round(part * len(curve.steps))
-        if steps:
-            changed = dict(probe.tape.tensors)
-            for half in halves:
-                changed |= half.tensors(curve.keep(site.units, steps), changed, repair=repair)
-            found.append((float(curve.damage[steps]), probe.damage(changed, probe.tape)))
-    return found
+def _damage(fitting: Read, judging: Read, keep: Sequence[int], *, repair: bool) -> float:
+    """Return what the output loses, in the metric of the consumer, on the rows that judge."""
+    left = left_of(fitting.consumer, keep).to(fitting.weight.device)
+    weight, moments = fitting.weight, judging.moments
+    matrix = weight[left]
+    if repair:
+        owner = torch.from_numpy(fitting.consumer.owner)
+        matrix = refit(fitting.moments, moments, fitting.moments, weight, left, owner, ridges=RIDGES).matrix
+    lost = torch.zeros_like(weight)
+    lost[left] = matrix
+    lost = fitting.measured(lost - weight)
+    inner = moments.xx if repair else moments.xx + torch.outer(moments.x, moments.x)  # no bias makes up for the mean
+    return max(float((lost * (inner @ lost)).sum()), 0.0)
 
 
 def left_of(consumer: Consumer, keep: Sequence[int]) -> Tensor:
@@ -151,14 +116,12 @@ def left_of(consumer: Consumer, keep: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.flatnonzero((owner < 0) | np.isin(owner, np.asarray(keep, dtype=np.int64))))
 
 
-def stored(
-    consumer: Consumer, made: Refit, left: Tensor, tensors: Mapping[str, Tensor], *, bias: bool = True
-) -> dict[str, Tensor]:
+def stored(consumer: Consumer, made: Refit, left: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Lay a fitted matrix out as dense tensors with zeros where units went."""
     old = tensors[consumer.weight]
     matrix = torch.zeros(old.shape[consumer.dim], made.matrix.shape[1], dtype=made.matrix.dtype, device=old.device)
     matrix[left] = made.matrix
     found = {consumer.weight: consumer.stored(matrix, old)}
-    if consumer.bias is not None and bias:
+    if consumer.bias is not None:
         found[consumer.bias] = made.shift.to(tensors[consumer.bias]).reshape(tensors[consumer.bias].shape)
     return found

@@ -13,7 +13,7 @@ WIDE = 4096
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments over rows (tokens), centred where the consumer has a bias that can move.
+    """Moments over rows (tokens), which may count unequally, centred where the consumer has a bias that can move.
 
     Attributes:
         count: rows.
@@ -50,40 +50,47 @@ class Sums:
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
         dtype = torch.float32 if inputs >= WIDE or device.type == "mps" else torch.float64
         self.count = torch.zeros(2, dtype=torch.float64, device=device)
+        self.mass = torch.zeros(2, dtype=torch.float64, device=device)
         self.x = torch.zeros(2, inputs, dtype=torch.float64, device=device)
         self.t = torch.zeros(2, outputs, dtype=torch.float64, device=device)
         self.xx = torch.zeros(2, inputs, inputs, dtype=dtype, device=device)
         self.xt = torch.zeros(2, inputs, outputs, dtype=dtype, device=device)
         self.tt = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor, t: Tensor, judged: Tensor) -> None:
+    def add(self, x: Tensor, t: Tensor, judged: Tensor, weights: Tensor | None = None) -> None:
         """Add rows.
 
         Args:
             x: inputs.  (rows, in)
             t: targets.  (rows, out)
             judged: which rows belong to the part that judges.  (rows,) bool
+            weights: how much every row counts; one each by default.  (rows,)
         """
         for part in (0, 1):
             rows = judged if part else ~judged
             own_x, own_t = _wide(x[rows]), _wide(t[rows])
+            heavy_x, heavy_t, mass = own_x, own_t, float(len(own_x))
+            if weights is not None:
+                scale = weights[rows].to(own_x)[:, None]
+                heavy_x, heavy_t, mass = own_x * scale, own_t * scale, float(scale.double().sum())
             self.count[part] += len(own_x)
-            self.x[part] += own_x.double().sum(0)
-            self.t[part] += own_t.double().sum(0)
-            self.xx[part] += (own_x.T @ own_x).to(self.xx.dtype)
-            self.xt[part] += (own_x.T @ own_t).to(self.xt.dtype)
-            self.tt[part] += own_t.double().square().sum()
+            self.mass[part] += mass
+            self.x[part] += heavy_x.double().sum(0)
+            self.t[part] += heavy_t.double().sum(0)
+            self.xx[part] += (heavy_x.T @ own_x).to(self.xx.dtype)
+            self.xt[part] += (heavy_x.T @ own_t).to(self.xt.dtype)
+            self.tt[part] += (heavy_t.double() * own_t.double()).sum()
 
     def share(self) -> None:
         """Add up over the processes of ``torch.distributed``, where there are any."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for tensor in (self.count, self.x, self.t, self.xx, self.xt, self.tt):
+            for tensor in (self.count, self.mass, self.x, self.t, self.xx, self.xt, self.tt):
                 torch.distributed.all_reduce(tensor)
 
     def moments(self, part: int | None = None, *, centred: bool) -> Moments:
         """Return the moments of one part, or of both."""
         parts = [0, 1] if part is None else [part]
-        n = max(float(self.count[parts].sum()), 1.0)
+        n = max(float(self.mass[parts].sum()), 1e-30)
         x, t = self.x[parts].sum(0) / n, self.t[parts].sum(0) / n
         xx, xt = self.xx[parts].sum(0).double() / n, self.xt[parts].sum(0).double() / n
         tt = float(self.tt[parts].sum()) / n

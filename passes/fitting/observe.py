@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, fx
 from fxslim.calibration import Batch
 from fxslim.passes.fitting.consumers import Call, Consumer
 from fxslim.passes.fitting.moments import Sums
-from fxslim.passes.fitting.outputs import loss
+from fxslim.passes.fitting.outputs import draw_of, loss
 from fxslim.passes.fitting.tape import Tape
 from fxslim.program import Program
 
@@ -29,10 +31,12 @@ class Rows:
     Attributes:
         batches: the batches.
         second: nodes that belong to a decoder beside an encoder: its own mask counts there.
+        weights: node -> how much every row of every batch counts; one each for other nodes.
     """
 
     batches: Sequence[Batch]
     second: frozenset[fx.Node]
+    weights: Mapping[fx.Node, Sequence[Tensor]] = field(default_factory=dict)
 
     def mask(self, node: fx.Node, batch: int) -> Tensor | None:
         """Return which tokens count in a node's value.  (B, S)"""
@@ -56,11 +60,16 @@ class Rows:
 
     def judges(self, batch: int) -> Tensor | None:
         """Return which sequences of a batch judge; None where there are so few that parts of them do.  (B,) bool"""
-        sizes = [_first(one) for one in self.batches]
-        if sum(sizes) < 2 * JUDGE or not sizes[batch]:
+        starts, total = self._starts
+        if total < 2 * JUDGE or starts[batch] == starts[batch + 1]:
             return None
-        number = sum(sizes[:batch]) + torch.arange(sizes[batch])
-        return number % JUDGE == JUDGE - 1
+        return torch.arange(starts[batch], starts[batch + 1]) % JUDGE == JUDGE - 1
+
+    @cached_property
+    def _starts(self) -> tuple[list[int], int]:
+        """Return the number of the first sequence of every batch, and how many there are."""
+        starts = list(accumulate((_first(one) for one in self.batches), initial=0))
+        return starts, starts[-1]
 
 
 def _first(batch: Batch) -> int:
@@ -84,12 +93,15 @@ def flat(value: Tensor, axis: int) -> Tensor:
     return moved.reshape(-1, moved.shape[-1])
 
 
-def sums(tape: Tape, consumer: Consumer, rows: Rows, dense: Tape | None, outputs: int) -> Sums:
+def sums(
+    tape: Tape, consumer: Consumer, rows: Rows, dense: Tape | None, outputs: int, others: Sequence[Consumer] = ()
+) -> Sums:
     """Add up what a consumer reads over all its calls; both tapes stand at its first call afterwards.
 
     With a dense tape, the targets are what brings the residual stream back to the dense model's:
     ``x W + [(h_dense + x_dense W) - (h + x W)]`` (KPrune, Park et al. 2024, section 4.2); where no residual stream can
-    be seen, what the dense model computes there. Without one there are no targets.
+    be seen, what the dense model computes there. Without one there are no targets. Others that read the same, call by
+    call, have their targets beside it.
     """
     first = consumer.calls[0].node
     tape.advance(first)
@@ -99,24 +111,28 @@ def sums(tape: Tape, consumer: Consumer, rows: Rows, dense: Tape | None, outputs
     beside = dense.fork() if dense is not None and len(consumer.calls) > 1 else dense
     weight = tape.tensors[consumer.weight]
     total = Sums(weight.shape[consumer.dim], outputs, weight.device)
-    for call in sorted(consumer.calls, key=lambda call: tape.place(call.node)):
+    in_order = [sorted(one.calls, key=lambda call: tape.place(call.node)) for one in (consumer, *others)]
+    for calls in zip(*in_order, strict=True):
+        call = calls[0]
         ahead.advance(call.node)
         if beside is not None:
             beside.advance(call.node)
         for batch in range(len(ahead.values)):
-            x, t = _pair(ahead, beside, call, batch)
+            x, t = _pair(ahead, beside, calls, batch)
             counts, judged = rows.of(call.node, batch, len(x), x.device)
-            total.add(x[counts], t[counts], judged)
+            weights = rows.weights[call.node][batch][counts] if call.node in rows.weights else None
+            total.add(x[counts], t[counts], judged, weights)
     total.share()
     return total
 
 
-def _pair(tape: Tape, dense: Tape | None, call: Call, batch: int) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets of one call."""
+def _pair(tape: Tape, dense: Tape | None, calls: Sequence[Call], batch: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of calls that read the same."""
+    call = calls[0]
     x = flat(tape.values[batch][call.input], call.axis)
     if dense is None:
         return x, x[:, :0]
-    wanted = flat(dense.peek(call.node, batch), call.axis)
+    wanted = torch.cat([flat(dense.peek(one.node, batch), one.axis) for one in calls], dim=1)
     if call.residual is not None and tape.holds(call.residual) and dense.holds(call.residual):
         mine = flat(tape.values[batch][call.residual], call.axis)
         theirs = flat(dense.values[batch][call.residual], call.axis)
@@ -144,7 +160,6 @@ def gradients(
         rows: which rows count.
         seed: for what is drawn.
     """
-    generator = torch.Generator().manual_seed(seed)
     read: dict[fx.Node, fx.Node] = {}
     place: dict[fx.Node, tuple[str, Consumer, Call]] = {}
     for name, (_, own) in reads.items():
@@ -164,7 +179,7 @@ def gradients(
 
         with torch.enable_grad():
             output = tape.finish(batch, masked, read)
-            own_loss = loss(output, rows.mask(list(tape.nodes)[-1], batch), given.labels, generator)
+            own_loss = loss(output, rows.mask(list(tape.nodes)[-1], batch), given.labels, draw_of(given.inputs, seed))
             found = torch.autograd.grad(own_loss, list(masks.values()), allow_unused=True)
         for name, gradient in zip(masks, found, strict=True):
             if gradient is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,29 @@ def loss(output: Any, mask: Tensor | None, labels: Mapping[str, Tensor], generat
         wanted = given if given is not None and given.shape == rows.shape[:-1] else drawn
         total = total.to(rows) + functional.cross_entropy(rows, wanted.to(rows.device).long(), reduction="sum")
     return total
+
+
+def size(output: Any, mask: Tensor | None) -> float:
+    """Return what squared errors in units of `loss` are divided by, to be what `divergence` counts.
+
+    Of logits: a Kullback-Leibler divergence is half a square, for every distribution. Of anything else: its square.
+    """
+    found = 0.0
+    for name, value in main(output).items():
+        rows = _rows(value.detach(), mask)
+        found += 2.0 * len(rows) if name in LOGITS else float(rows.double().square().sum())
+    return found
+
+
+def draw_of(inputs: Mapping[str, Any], seed: int) -> torch.Generator:
+    """Return a generator that depends on a batch's tokens alone: who runs it, when, and how padded, changes nothing."""
+    found, mask = seed, inputs.get("attention_mask")
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            padded = isinstance(mask, Tensor) and mask.ndim == 2 and value.shape[:2] == mask.shape
+            held = value[mask.bool()] if padded and mask is not None else value
+            found = zlib.crc32(held.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return torch.Generator().manual_seed(found)
 
 
 def main(output: Any) -> dict[str, Tensor]:

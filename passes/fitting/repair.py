@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +13,12 @@ from fxslim.calibration import Calibration
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import items
 from fxslim.passes.fitting.look import left_of, stored
+from fxslim.passes.fitting.norms import between, norms, refit_norm
 from fxslim.passes.fitting.observe import Rows, sums
 from fxslim.passes.fitting.refit import Repair, refit
 from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.fitting.subjects import Chosen, Subjects, fit_of, keep_of
+from fxslim.passes.fitting.swaps import swapped
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.methods.obs import obs
 from fxslim.plan import SitePlan
@@ -34,6 +36,8 @@ def repair(
     tick: Callable[[str], None],
     *,
     how: Repair,
+    propagate: bool,
+    swaps: bool,
     seed: int,
 ) -> tuple[tuple[SitePlan, ...], dict[str, Tensor], tuple[Fit, ...]]:
     """Fit what is left of every consumer to what brings its residual stream back to the dense model's.
@@ -49,6 +53,9 @@ def repair(
         chosen: sites whose units are chosen again, by what the narrowed model reads: how many steps.
         tick: called with every site's name.
         how: what may be fitted.
+        propagate: whether what is read, and what is to be made up for, is the narrowed model's; the dense model's
+            otherwise.
+        swaps: whether the choice at a site is improved by swaps.
         seed: for what is drawn.
 
     Returns:
@@ -56,31 +63,45 @@ def repair(
     """
     inputs = [batch.inputs for batch in data.batches]
     tensors: dict[str, Tensor] = dict(program.tensors)
-    dense, mine = Tape(program, inputs, program.tensors), Tape(program, inputs, tensors)
+    dense = Tape(program, inputs, program.tensors)
+    mine = Tape(program, inputs, tensors) if propagate else Tape(program, inputs, program.tensors)
     parts: list[SitePlan] = []
     fits: list[Fit] = []
     changed: dict[str, Tensor] = {}
+    follows = how == "refit" and propagate
+    scaled = {mine.place(norm.node): norm for norm in norms(program)} if follows else {}
+
+    def scale(until: int) -> None:
+        """Fit the norms up to there."""
+        for norm in between(scaled, mine.at, until) if changed else ():
+            changed.update(refit_norm(norm, mine, dense, rows))
+            tensors.update(changed)
+
     for name, site in subjects.sites.items():
         tick(name)
         if name not in before:
             continue
-        if how == "refit":
-            for producer in subjects.makes[name]:
-                ahead = min(mine.place(call.node) for call in producer.calls) >= mine.at  # what was run is done
-                if producer.weight not in changed and ahead:
-                    changed |= _made(producer, mine, dense, rows)
-                    tensors.update(changed)
+        if follows:
+            for group in _groups(subjects.makes[name], mine, changed):
+                scale(min(mine.place(call.node) for call in group[0].calls))
+                changed |= _made(group, mine, dense, rows)
+                tensors.update(changed)
+            scale(min(mine.place(call.node) for one in subjects.reads[name] for call in one.calls))
         reads, every = [], []
         for consumer in subjects.reads[name]:
             weight = consumer.matrix(program.tensors)
             own = sums(mine, consumer, rows, dense, weight.shape[1])
-            reads.append(Read(consumer, own.moments(centred=consumer.bias is not None), weight))
+            moments = own.moments(centred=consumer.bias is not None)
+            reads.append(Read(consumer, moments, weight, subjects.roots.get(consumer.weight)))
             every.append(own)
         part = before[name]
         if name in chosen:
             seen = Seen(site, np.zeros(site.units), tuple(reads), seed=seed)
             curves = {groups: obs(seen, items(site, groups=groups, most=steps)) for groups, steps in chosen[name]}
-            part = SitePlan(site=site, keep=keep_of(site, curves, chosen[name]))
+            keep = keep_of(site, curves, chosen[name])
+            if swaps and len(chosen[name]) == 1:
+                keep = swapped(seen, items(site, groups=chosen[name][0][0]), keep)
+            part = SitePlan(site=site, keep=keep)
         report = fit_of(subjects, part, chosen)
         for read, own in zip(reads, every, strict=True):
             consumer, centred = read.consumer, read.consumer.bias is not None
@@ -92,15 +113,34 @@ def repair(
             report = replace(report, error=made.error, plain=made.plain, how=made.how, ridge=made.ridge)
         parts.append(part)
         fits.append(report)
+    scale(len(mine.nodes))
     return tuple(parts), changed, tuple(fits)
 
 
-def _made(producer: Consumer, mine: Tape, dense: Tape, rows: Rows) -> dict[str, Tensor]:
-    """Return a producer's tensors, fitted: its inputs are not quite those of the dense model any more."""
-    weight = producer.matrix(mine.tensors)
-    own = sums(mine, producer, rows, dense, weight.shape[1])
-    centred = producer.bias is not None
+def _groups(makes: Sequence[Consumer], mine: Tape, done: Mapping[str, Tensor]) -> list[list[Consumer]]:
+    """Return the producers that can still be fitted: those that read the same, together."""
+    found: dict[object, list[Consumer]] = {}
+    for one in makes:
+        ahead = min(mine.place(call.node) for call in one.calls) >= mine.at  # what was run is done
+        if one.weight not in done and ahead:
+            inputs = tuple(call.input for call in sorted(one.calls, key=lambda call: mine.place(call.node)))
+            found.setdefault((inputs, one.bias is None), []).append(one)
+    return list(found.values())
+
+
+def _made(group: Sequence[Consumer], mine: Tape, dense: Tape, rows: Rows) -> dict[str, Tensor]:
+    """Return producers' tensors, fitted: their inputs are not quite those of the dense model any more."""
+    weights = [one.matrix(mine.tensors) for one in group]
+    weight = torch.cat(weights, dim=1)
+    own = sums(mine, group[0], rows, dense, weight.shape[1], group[1:])
+    centred = group[0].bias is not None
     every = torch.arange(len(weight), device=weight.device)
     halves = own.moments(0, centred=centred), own.moments(1, centred=centred)
     made = refit(*halves, own.moments(centred=centred), weight, every, torch.arange(len(weight)))
-    return stored(producer, made, every, mine.tensors) if made.how == "refit" else {}
+    if made.how != "refit":
+        return {}
+    sizes = [one.shape[1] for one in weights]
+    found: dict[str, Tensor] = {}
+    for one, matrix, shift in zip(group, made.matrix.split(sizes, 1), made.shift.split(sizes), strict=True):
+        found |= stored(one, replace(made, matrix=matrix, shift=shift), every, mine.tensors)
+    return found

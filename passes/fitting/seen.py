@@ -20,11 +20,19 @@ class Read:
         consumer: the consumer.
         moments: moments of its inputs and targets, over all rows.
         weight: its matrix.  (in, out)
+        root: ``L`` of the metric ``L Lᵀ`` of what it returns, or its diagonal; None for plain squares.
     """
 
     consumer: Consumer
     moments: Moments
     weight: Tensor
+    root: Tensor | None = None
+
+    def measured(self, returned: Tensor) -> Tensor:
+        """Return what the consumer makes of inputs as coordinates in which the metric is the identity.  (in, out)"""
+        if self.root is None:
+            return returned
+        return returned * self.root if self.root.ndim == 1 else returned @ self.root
 
 
 @dataclass(frozen=True)

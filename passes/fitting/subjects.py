@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from fxslim.passes.fitting.consumers import Consumer, consumers, producers
 from fxslim.passes.fitting.curve import Curve
@@ -28,21 +29,23 @@ class Subjects:
         reads: site name -> its consumers.
         makes: site name -> its producers.
         curves: (site name, whole groups) -> curve.
-        probes: (site name, whole groups) -> (error of the sum, damage to the output) where it was probed.
+        roots: weight of a consumer -> root of the metric in which its errors count, where that is known.
+        expected: (site name, whole groups) -> (place on the curve, damage to the output) at a few sizes.
     """
 
     sites: dict[str, Site]
     reads: dict[str, tuple[Consumer, ...]]
     makes: dict[str, tuple[Consumer, ...]] = field(default_factory=dict)
     curves: dict[tuple[str, bool], Curve] = field(default_factory=dict)
-    probes: dict[tuple[str, bool], list[tuple[float, float]]] = field(default_factory=dict)
+    roots: Mapping[str, Tensor] = field(default_factory=dict)
+    expected: dict[tuple[str, bool], list[tuple[float, float]]] = field(default_factory=dict)
 
     def damage(self, name: str, groups: bool, steps: int) -> float:
-        """Return the expected damage to the output: a power law between what was probed, through the curve's error."""
+        """Return the expected damage to the output: a power law between a few sizes, through the curve's error."""
         error = float(self.curves[name, groups].damage[steps])
         if steps == 0:
             return 0.0
-        known = [(e, d) for e, d in self.probes.get((name, groups), ()) if e > 0 and d > 0]
+        known = [(e, d) for e, d in self.expected.get((name, groups), ()) if e > 0 and d > 0]
         if not known:
             return error
         xs, ys = np.log([e for e, _ in known]), np.log([d for _, d in known])
@@ -104,6 +107,6 @@ def fit_of(subjects: Subjects, part: SitePlan, chosen: Chosen) -> Fit:
     """Return what is reported of a site before it is repaired."""
     name = part.site.name
     taken = chosen.get(name, ())
-    known = any(subjects.probes.get((name, groups)) for groups, _ in taken)
+    known = any(subjects.expected.get((name, groups)) for groups, _ in taken)
     damage = sum(subjects.damage(name, groups, steps) for groups, steps in taken) if known else math.nan
     return Fit(name, part.site.kind, part.site.units, len(part.keep), damage)

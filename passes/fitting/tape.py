@@ -79,7 +79,11 @@ class Tape:
         return self.finish(batch)
 
     def finish(
-        self, batch: int, intercept: Intercept | None = None, read: Mapping[fx.Node, fx.Node] | None = None
+        self,
+        batch: int,
+        intercept: Intercept | None = None,
+        read: Mapping[fx.Node, fx.Node] | None = None,
+        after: Intercept | None = None,
     ) -> Any:
         """Run one batch to its end, with gradients where they are enabled.
 
@@ -87,6 +91,7 @@ class Tape:
             batch: which.
             intercept: called with a node and what it reads, for the nodes of ``read``.
             read: node -> the operand of it that is intercepted.
+            after: called with every node and its tensor; what it returns is handed on.
         """
         values = dict(self.values[batch])
         for i in range(self.at, len(self.nodes)):
@@ -99,6 +104,8 @@ class Tape:
                 values[node] = self._compute(node, {**values, read[node]: intercept(node, held)})
             else:
                 self._step(node, values)
+            if after is not None and isinstance(values.get(node), torch.Tensor):
+                values[node] = after(node, values[node])
             for dead in self._ends.get(i, ()):
                 values.pop(dead, None)
         raise AssertionError("a graph ends in its output")

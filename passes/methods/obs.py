@@ -23,7 +23,8 @@ def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int | None 
     """Take out the unit with the smallest ``tr(W_gᵀ ([H⁻¹]_gg)⁻¹ W_g)``, let the others make up for it, and so on.
 
     ZipLM (Kurtic et al. 2023, section 3.1) and OSSCAR (Meng et al. 2024), with ``H = E[x xᵀ] + rI``. Of several
-    consumers, the scores add up. ``W`` is first fitted to the targets.
+    consumers, the scores add up. ``W`` is first fitted to the targets. Errors are measured by what the model's output
+    makes of them, where that is known.
 
     Args:
         seen: the site.
@@ -56,6 +57,14 @@ def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int | None 
     return Curve(tuple(steps), np.array(damage) / max(whole, 1e-300))
 
 
+def damped(read: Read, damping: float) -> tuple[Tensor, Tensor]:
+    """Return second moments plus a ridge, and their products with the targets in the metric.  (in, in), (in, out)"""
+    moments = read.moments
+    ridge = damping * scale(moments)
+    eye = torch.eye(len(moments.xx), dtype=moments.xx.dtype, device=moments.xx.device)
+    return (moments.xx + moments.xx.T) / 2 + ridge * eye, read.measured(moments.xt + ridge * read.weight)
+
+
 @dataclass
 class _Surgery:
     """The state of one consumer: the inverse of its damped second moments, and its weights as they adapt.
@@ -68,11 +77,8 @@ class _Surgery:
     damping: float
 
     def __post_init__(self) -> None:
-        moments = self.read.moments
-        ridge = self.damping * scale(moments)
-        eye = torch.eye(len(moments.xx), dtype=moments.xx.dtype, device=moments.xx.device)
-        self.inner = (moments.xx + moments.xx.T) / 2 + ridge * eye
-        self.pull = moments.xt + ridge * self.read.weight
+        self.inner, self.pull = damped(self.read, self.damping)
+        eye = torch.eye(len(self.inner), dtype=self.inner.dtype, device=self.inner.device)
         self.columns = [torch.from_numpy(self.read.consumer.columns(u)).to(eye.device) for u in self.items.units]
         widths = {len(own) for own in self.columns}
         self.width = widths.pop() if len(widths) == 1 else 0

@@ -15,7 +15,7 @@ from fxslim.calibration import calibration
 from fxslim.errors import InputError
 from fxslim.passes import pipelines
 from fxslim.passes.fitting.observe import gradients, rows_of
-from fxslim.passes.fitting.outputs import divergence
+from fxslim.passes.fitting.outputs import divergence, draw_of
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.sites import Sites
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_every_sample_by_itself() -> None:
     (consumer,) = subjects.reads[name]
     module = model.get_submodule(consumer.weight.removesuffix(".weight"))
     mask_of = inputs[0]["attention_mask"].bool()
-    generator = torch.Generator().manual_seed(3)
+    generator = draw_of(data.batches[0].inputs, 3)
     noise = torch.randn((int(mask_of.sum()), model.config.hidden_size), generator=generator).double()
     samples = []
     for row in range(len(mask_of)):
