@@ -122,12 +122,17 @@ class Walk:
                 found.extend(item for item in value if isinstance(item, Value))
         return found
 
-    def join(self, operands: Sequence[Value], shape: Sequence[int]) -> Value:
+    def join(self, operands: Sequence[Value], shape: Sequence[int], *, meets: bool = False) -> Value:
         """Combine operands that are broadcast against each other, element by element.
 
         Equal axes tie, an operand that is broadcast along a labelled axis is a parent, a constant (a bias, a table,
         anything computed from parameters and positions alone) is a parent of the data it meets and free to be
         gathered, and an unlabelled axis of data pins what it meets.
+
+        Args:
+            operands: what is combined.
+            shape: the result's.
+            meets: whether data that has to stay whole may be gathered here (``passes/loosen.py`` decides).
         """
         shape = tuple(shape)
         padded = [_pad(operand, len(shape)) for operand in operands]
@@ -136,6 +141,9 @@ class Walk:
         for axes, members in clusters([labels for operand in padded for labels in operand.labels]):
             data = [labels for labels in members if id(labels) not in constant]
             covers = bool(data) and frozenset().union(*map(axes_of, data)) == axes
+            if meets and covers:
+                data, members = self.meet(axes, data), [own for own in members if id(own) in constant]
+                members += data
             if covers and len(data) < len(members):
                 labels = merge(self.relations, axes, data)
                 for own in members:
@@ -147,6 +155,14 @@ class Walk:
                 self.settle(labels, axes, operand)
             merged.append(labels)
         return Value(shape, tuple(merged), origin_of(operands), any(operand.looked_up for operand in operands))
+
+    def meet(self, axes: frozenset[int], data: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Let labels of data that share axes meet; return those of the result, or what is given where nothing does."""
+        full = [labels for labels in data if axes_of(labels) == axes]
+        if self.node is None or not full or all(torch.equal(full[0], labels) for labels in data):
+            return data
+        others = [labels for labels in data if axes_of(labels) != axes]
+        return [self.relations.meet(self.node.name, full, others)]
 
     def settle(self, labels: torch.Tensor, axes: frozenset[int], operand: Value) -> None:
         """Tie labels along axes that an operand of data has without labels; pin them where it has all of them."""

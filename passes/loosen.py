@@ -1,0 +1,68 @@
+"""Loosen what meets data that has to stay: the data is gathered there, and the rest may lose channels.
+
+What a norm ties, or what is returned, stays whole: a residual stream, what gates of several layers are made of. Where
+it meets other data element by element, that data would have to stay as well. But the result needs no more of it than
+its own consumers read, so that the data can be gathered at that operation, if
+
+* no component of the data can go: all are pinned, or they are one (a value never loses all its coordinates), and
+* something of the other operands and of the result can.
+
+Data that is gathered is pinned: it must not lose what the result keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fxslim.labels import Components, Relations, solve
+
+
+def loosen(relations: Relations, tied: Sequence[tuple[int, str]] = ()) -> Components:
+    """Decide which operands are gathered where they meet others, and solve the relations.
+
+    Ensures: units that could go without it still can.
+
+    Args:
+        relations: the relations; what is gathered, and its pins, are added to them.
+        tied: (a label, the operation) where coordinates were tied along an axis, to say why data stays.
+    """
+    components = solve(relations)
+    loose = {i for i, meeting in enumerate(relations.meetings) if _stays(components, meeting.result)}
+    gathered = {(i, j) for i in loose for j in range(len(relations.meetings[i].operands))}
+    while gathered:
+        relations.gathered = frozenset(gathered)
+        found = solve(relations)
+        kept = {(i, j) for i, j in gathered if _may(relations, found, i, j, gathered)}
+        if kept == gathered:
+            break
+        gathered = kept
+    relations.gathered = frozenset(gathered)
+    if not gathered:
+        return components
+    names = {int(components.of[label]): name for label, name in reversed(tied)}
+    for i, j in sorted(gathered):
+        meeting = relations.meetings[i]
+        own = meeting.operands[j]
+        by = names.get(int(components.of[int(own.reshape(-1)[0])]))
+        reason = "all its channels go together" + (f" (tied by {by})" if by else "")
+        relations.pin(own, relations.pin_label(reason, meeting.node))
+    return solve(relations)
+
+
+def _may(relations: Relations, found: Components, i: int, j: int, gathered: set[tuple[int, int]]) -> bool:
+    """Tell whether an operand is still to be gathered: it has to stay, the result does not, and something makes it."""
+    meeting = relations.meetings[i]
+    if _stays(found, meeting.result):
+        return False
+    return _stays(found, meeting.operands[j]) and not all(
+        _stays(found, own) for own in (*meeting.operands, *meeting.others)
+    )
+
+
+def _stays(components: Components, labels: torch.Tensor) -> bool:
+    """Tell whether nothing of a value can go: all of it is pinned, or it is a single component."""
+    own = np.unique(components.of[labels.numpy()])
+    return len(own) == 1 or bool(components.pinned[own].all())
