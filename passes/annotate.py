@@ -98,7 +98,8 @@ def annotate(program: Program) -> Labels:
                     walk.relations.pin(labels, label)
                 if operand.indexes is not None:
                     walk.relations.pin(operand.indexes, label)
-    components = _routed(walk, loosen(walk.relations, walk.tied))
+    competing = [*(selection.labels for selection in walk.selections), *walk.indexed]
+    components = _routed(walk, loosen(walk.relations, walk.tied, whole=competing))
     scores = [labels.reshape(-1).numpy() for labels in walk.scores]
     return Labels(
         values=walk.values,

@@ -7,7 +7,8 @@ its own consumers read, so that the data can be gathered at that operation, if
 * no component of the data can go: all are pinned, or they are one (a value never loses all its coordinates), and
 * something of the other operands and of the result can.
 
-Data that is gathered is pinned: it must not lose what the result keeps.
+Data that is gathered is pinned: it must not lose what the result keeps. Nothing is gathered for the sake of experts:
+where a module cannot do that, there is nothing that could stay in an expert's place.
 """
 
 from __future__ import annotations
@@ -17,25 +18,29 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fxslim.labels import Components, Relations, solve
+from fxslim.labels import Components, Meeting, Relations, solve
 
 
-def loosen(relations: Relations, tied: Sequence[tuple[int, str]] = ()) -> Components:
+def loosen(
+    relations: Relations, tied: Sequence[tuple[int, str]] = (), *, whole: Sequence[torch.Tensor] = ()
+) -> Components:
     """Decide which operands are gathered where they meet others, and solve the relations.
 
-    Ensures: units that could go without it still can.
+    Ensures: what could go without it still can.
 
     Args:
         relations: the relations; what is gathered, and its pins, are added to them.
         tied: (a label, the operation) where coordinates were tied along an axis, to say why data stays.
+        whole: labels of coordinates for the sake of which nothing is gathered: experts that compete.
     """
     components = solve(relations)
-    loose = {i for i, meeting in enumerate(relations.meetings) if _stays(components, meeting.result)}
+    loose = [i for i, meeting in enumerate(relations.meetings) if _stays(components, meeting.result)]
     gathered = {(i, j) for i in loose for j in range(len(relations.meetings[i].operands))}
     while gathered:
         relations.gathered = frozenset(gathered)
         found = solve(relations)
-        kept = {(i, j) for i, j in gathered if _may(relations, found, i, j, gathered)}
+        barred = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(_components(found, own) for own in whole)]))
+        kept = {(i, j) for i, j in gathered if _may(found, relations.meetings[i], j, barred)}
         if kept == gathered:
             break
         gathered = kept
@@ -52,17 +57,20 @@ def loosen(relations: Relations, tied: Sequence[tuple[int, str]] = ()) -> Compon
     return solve(relations)
 
 
-def _may(relations: Relations, found: Components, i: int, j: int, gathered: set[tuple[int, int]]) -> bool:
+def _may(found: Components, meeting: Meeting, j: int, barred: np.ndarray) -> bool:
     """Tell whether an operand is still to be gathered: it has to stay, the result does not, and something makes it."""
-    meeting = relations.meetings[i]
-    if _stays(found, meeting.result):
+    if _stays(found, meeting.result) or np.isin(_components(found, meeting.result), barred).any():
         return False
-    return _stays(found, meeting.operands[j]) and not all(
-        _stays(found, own) for own in (*meeting.operands, *meeting.others)
-    )
+    stays = [_stays(found, own) for own in (*meeting.operands, *meeting.others)]
+    return stays[j] and not all(stays)
 
 
 def _stays(components: Components, labels: torch.Tensor) -> bool:
     """Tell whether nothing of a value can go: all of it is pinned, or it is a single component."""
-    own = np.unique(components.of[labels.numpy()])
+    own = _components(components, labels)
     return len(own) == 1 or bool(components.pinned[own].all())
+
+
+def _components(components: Components, labels: torch.Tensor) -> np.ndarray:
+    own: np.ndarray = np.unique(components.of[labels.reshape(-1).numpy()])
+    return own
