@@ -35,7 +35,7 @@ def loosen(
     """
     components = solve(relations)
     loose = [i for i, meeting in enumerate(relations.meetings) if _stays(components, meeting.result)]
-    gathered = {(i, j) for i in loose for j in range(len(relations.meetings[i].operands))}
+    gathered = {(i, j) for i in loose for j in relations.meetings[i].whole}
     while gathered:
         relations.gathered = frozenset(gathered)
         found = solve(relations)
@@ -50,10 +50,10 @@ def loosen(
     names = {int(components.of[label]): name for label, name in reversed(tied)}
     for i, j in sorted(gathered):
         meeting = relations.meetings[i]
-        own = meeting.operands[j]
-        by = names.get(int(components.of[int(own.reshape(-1)[0])]))
-        reason = "all its channels go together" + (f" (tied by {by})" if by else "")
-        relations.pin(own, relations.pin_label(reason, meeting.node))
+        for own in meeting.operands[j : j + 1]:
+            by = names.get(int(components.of[int(own.reshape(-1)[0])]))
+            reason = "all its channels go together" + (f" (tied by {by})" if by else "")
+            relations.pin(own, relations.pin_label(reason, meeting.node))
     return solve(relations)
 
 
@@ -62,7 +62,7 @@ def _may(found: Components, meeting: Meeting, j: int, barred: np.ndarray) -> boo
     if _stays(found, meeting.result) or np.isin(_components(found, meeting.result), barred).any():
         return False
     stays = [_stays(found, own) for own in (*meeting.operands, *meeting.others)]
-    return stays[j] and not all(stays)
+    return (j >= len(meeting.operands) or stays[j]) and not all(stays)
 
 
 def _stays(components: Components, labels: torch.Tensor) -> bool:
