@@ -135,6 +135,64 @@ class Opaque(Last):
         return self.head(self.blocks[1](x)), x
 
 
+class Given(nn.Module):
+    """The model's own input is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(D, D), nn.Linear(D, HEAD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.mix(x))
+
+
+class Beside(Last):
+    """One product reads two streams beside each other, and so does a module whose result nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.both, self.unread = nn.Linear(D, D), nn.Linear(2 * D, HEAD), nn.Linear(2 * D, HEAD)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stream(x)
+        beside = torch.cat([self.side(x), x], -1)
+        self.unread(beside)
+        return self.both(beside)
+
+
+class Attention(nn.Module):
+    """Two predictions share keys and values, each with a mask of its own, and a bias that mixes all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.near = nn.Linear(D, H)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        inner = self.norm(x)
+        q, k, v = (part(inner).unflatten(-1, (H, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        scores = torch.stack([q, q.flip(2)], 1) @ k.mT[:, None]
+        bias = self.near(inner).softmax(-1).mT[:, None, :, None]
+        weights = (scores + bias.cumsum(-1) + mask).softmax(-1)
+        return x + self.o((weights @ v[:, None]).sum(1).transpose(1, 2).flatten(-2))
+
+
+class Masked(nn.Module):
+    """One mask of predictions and heads serves two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        mask = torch.ones(length, length, dtype=x.dtype).triu(1).mul(-9.0).expand(1, 2, H, length, length)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
 class AlsoNormed(Last):
     """A norm reads the last sum as well."""
 
@@ -198,6 +256,9 @@ LOOSE: dict[Callable[[], nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = 
     WrittenLater: ((*INNER, "generic 12"), ("blocks.1.down.weight",)),
     Opaque: ((*INNER, "generic 12"), ("blocks.1.down.weight",)),
     Shared: ((*INNER, "generic 12"), ("blocks.1.down.weight",)),
+    Given: (("generic 12",), ("mix.weight",)),
+    Beside: ((*INNER, "generic 12", "generic 12"), ("blocks.1.down.weight", "side.weight")),
+    Masked: (("generic 3",) * 2, ("layers.0.q.weight", "layers.1.k.weight")),
     Gates: (("generic 10",) * 2, ("gates.0.weight", "gates.1.weight")),
     Modulated: (("ffn 10", "generic 12"), ("mix.weight",)),
     Heads: (("generic 3",), ("q.weight", "k.weight", "v.weight")),

@@ -149,7 +149,7 @@ class Walk:
                 for own in members:
                     if id(own) in constant:
                         self.relations.parent(own, labels)
-            elif data and len(data) < len(members):  # a table may meet other data elsewhere, which need not go with this
+            elif data and len(data) < len(members):  # the table may meet other data elsewhere
                 labels = combine(self.relations, members)
             else:
                 labels = merge(self.relations, axes, members)
