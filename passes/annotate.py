@@ -99,7 +99,8 @@ def annotate(program: Program) -> Labels:
                 if operand.indexes is not None:
                     walk.relations.pin(operand.indexes, label)
     competing = [*(selection.labels for selection in walk.selections), *walk.indexed]
-    components = _routed(walk, loosen(walk.relations, walk.tied, whole=competing))
+    made = [use.labels for use in walk.produced]
+    components = _routed(walk, loosen(walk.relations, walk.tied, made=made, whole=competing))
     scores = [labels.reshape(-1).numpy() for labels in walk.scores]
     return Labels(
         values=walk.values,

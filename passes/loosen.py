@@ -5,7 +5,7 @@ it meets other data element by element, that data would have to stay as well. Bu
 its own consumers read, so that the data can be gathered at that operation, if
 
 * no component of the data can go: all are pinned, or they are one (a value never loses all its coordinates), and
-* something of the other operands and of the result can.
+* something of the result can, and of another operand, which some product with a parameter makes.
 
 Data that is gathered is pinned: it must not lose what the result keeps. Nothing is gathered for the sake of experts:
 where a module cannot do that, there is nothing that could stay in an expert's place.
@@ -22,7 +22,11 @@ from fxslim.labels import Components, Meeting, Relations, solve
 
 
 def loosen(
-    relations: Relations, tied: Sequence[tuple[int, str]] = (), *, whole: Sequence[torch.Tensor] = ()
+    relations: Relations,
+    tied: Sequence[tuple[int, str]] = (),
+    *,
+    made: Sequence[torch.Tensor] = (),
+    whole: Sequence[torch.Tensor] = (),
 ) -> Components:
     """Decide which operands are gathered where they meet others, and solve the relations.
 
@@ -31,6 +35,7 @@ def loosen(
     Args:
         relations: the relations; what is gathered, and its pins, are added to them.
         tied: (a label, the operation) where coordinates were tied along an axis, to say why data stays.
+        made: labels of what products with parameters make.
         whole: labels of coordinates for the sake of which nothing is gathered: experts that compete.
     """
     components = solve(relations)
@@ -39,8 +44,8 @@ def loosen(
     while gathered:
         relations.gathered = frozenset(gathered)
         found = solve(relations)
-        barred = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(_components(found, own) for own in whole)]))
-        kept = {(i, j) for i, j in gathered if _may(found, relations.meetings[i], j, barred)}
+        barred, makes = _marked(found, whole), _below(found, _marked(found, made))
+        kept = {(i, j) for i, j in gathered if _may(found, relations.meetings[i], j, barred, makes)}
         if kept == gathered:
             break
         gathered = kept
@@ -57,12 +62,33 @@ def loosen(
     return solve(relations)
 
 
-def _may(found: Components, meeting: Meeting, j: int, barred: np.ndarray) -> bool:
+def _may(found: Components, meeting: Meeting, j: int, barred: np.ndarray, makes: np.ndarray) -> bool:
     """Tell whether an operand is still to be gathered: it has to stay, the result does not, and something makes it."""
-    if _stays(found, meeting.result) or np.isin(_components(found, meeting.result), barred).any():
+    if _stays(found, meeting.result) or barred[_components(found, meeting.result)].any():
         return False
-    stays = [_stays(found, own) for own in (*meeting.operands, *meeting.others)]
-    return (j >= len(meeting.operands) or stays[j]) and not all(stays)
+    if j < len(meeting.operands) and not _stays(found, meeting.operands[j]):
+        return False
+    every = (*meeting.operands, *meeting.others)
+    return any(not _stays(found, own) and makes[_components(found, own)].any() for own in every)
+
+
+def _marked(components: Components, every: Sequence[torch.Tensor]) -> np.ndarray:
+    """Return which components some labels belong to.  (components,) bool"""
+    marked = np.zeros(len(components.pinned), dtype=bool)
+    for labels in every:
+        marked[_components(components, labels)] = True
+    return marked
+
+
+def _below(components: Components, marked: np.ndarray) -> np.ndarray:
+    """Return the marked components and everything below them.  (components,) bool"""
+    while len(components.edges):
+        more = marked.copy()
+        more[components.edges[marked[components.edges[:, 0]], 1]] = True
+        if bool((more == marked).all()):
+            break
+        marked = more
+    return marked
 
 
 def _stays(components: Components, labels: torch.Tensor) -> bool:
