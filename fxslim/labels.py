@@ -55,11 +55,41 @@ class Pin:
     node: str
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Computed values that meet element by element.
+
+    Attributes:
+        node: the operation, by name.
+        result: labels of what comes of them.
+        operands: labels of those that vary along all axes along which the result does, of its shape.
+        others: labels of those that are broadcast along some of them, parents of the result's.
+        bare: pin labels of those that have no labels there, although they are as large: they pin the result.
+    """
+
+    node: str
+    result: torch.Tensor
+    operands: tuple[torch.Tensor, ...]
+    others: tuple[torch.Tensor, ...] = ()
+    bare: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> range:
+        """Return the numbers of what may be gathered: the operands, and what is bare behind them."""
+        return range(len(self.operands) + len(self.bare))
+
+
 @dataclass
 class Relations:
-    """Ties, parents and pins, collected while walking a graph."""
+    """Ties, parents and pins, collected while walking a graph.
+
+    What meets in a ``Meeting`` is tied with its result, but for what is in ``gathered`` (meeting, operand): that stays
+    whole, and what the result keeps is picked from it where they meet.
+    """
 
     size: int = 1
+    meetings: list[Meeting] = field(default_factory=list)
+    gathered: frozenset[tuple[int, int]] = frozenset()
     ties: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     parents: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     pins: dict[int, Pin] = field(default_factory=dict)
@@ -84,6 +114,41 @@ class Relations:
     def parent(self, parent: torch.Tensor, child: torch.Tensor) -> None:
         """Let each parent go exactly when all its children go, element by element (broadcast)."""
         self.parents.append(_pairs(parent, child))
+
+    def meet(
+        self,
+        node: str,
+        operands: Sequence[torch.Tensor],
+        others: Sequence[torch.Tensor] = (),
+        bare: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """Return labels of what comes of computed values that meet element by element (see Meeting)."""
+        _, number = torch.unique(operands[0], return_inverse=True)
+        result = self.fresh(int(number.max()) + 1)[number]
+        self.meetings.append(Meeting(node, result, tuple(operands), tuple(others), tuple(bare)))
+        for labels in others:
+            self.parent(labels, result)
+        return result
+
+    def every_tie(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the ties, those of what meets included."""
+        met = [
+            _pairs(own, meeting.result)
+            for i, meeting in enumerate(self.meetings)
+            for j, own in enumerate(meeting.operands)
+            if (i, j) not in self.gathered
+        ]
+        return [*self.ties, *met]
+
+    def every_pin(self) -> list[tuple[torch.Tensor, int]]:
+        """Return what is pinned, by what meets it included."""
+        met = [
+            (meeting.result, label)
+            for i, meeting in enumerate(self.meetings)
+            for k, label in enumerate(meeting.bare, start=len(meeting.operands))
+            if (i, k) not in self.gathered
+        ]
+        return [*self.pinned, *met]
 
     def tie_along(self, labels: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
         """Tie labels along axes; return the labels with those axes of size 1."""
@@ -241,7 +306,7 @@ def solve(relations: Relations) -> Components:
     pinned[of[CONSTANT]] = True
     reasons: dict[int, Pin] = {}
     own = [(torch.tensor([label]), label) for label in relations.pins]
-    for labels, label in [*relations.pinned, *own]:
+    for labels, label in [*relations.every_pin(), *own]:
         components = np.unique(of[labels.numpy()])
         pinned[components] = True
         for component in components.tolist():
@@ -251,8 +316,7 @@ def solve(relations: Relations) -> Components:
 
 def _only_children(relations: Relations) -> tuple[np.ndarray, np.ndarray]:
     """Compute components and edges; a parent of one child goes exactly when the child goes, so they are one."""
-    ties = list(relations.ties)
-    of = _connected(relations.size, ties)
+    of = _connected(relations.size, relations.every_tie())
     while True:
         edges = _edges(of, relations.parents)
         if not len(edges):

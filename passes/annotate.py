@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxslim.labels import CONSTANT, Components, Pin, Value, solve
+from fxslim.passes.loosen import loosen
 from fxslim.passes.rules import contraction, indexing, movement, pointwise, reduction, routing  # noqa: F401 - fill RULES
 from fxslim.passes.rules.walk import RULES, Selection, Use, Walk, concrete
 from fxslim.program import Program, hint
@@ -97,7 +98,9 @@ def annotate(program: Program) -> Labels:
                     walk.relations.pin(labels, label)
                 if operand.indexes is not None:
                     walk.relations.pin(operand.indexes, label)
-    components = _routed(walk, solve(walk.relations))
+    competing = [*(selection.labels for selection in walk.selections), *walk.indexed]
+    made = [use.labels for use in walk.produced]
+    components = _routed(walk, loosen(walk.relations, walk.tied, made=made, whole=competing))
     scores = [labels.reshape(-1).numpy() for labels in walk.scores]
     return Labels(
         values=walk.values,

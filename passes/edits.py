@@ -57,14 +57,14 @@ def find_edits(
     stuck: list[str] = []
     known: dict[Looks, _Known] = {}
 
-    def so_far(*more: SitePlan) -> Plan:
-        """Return the plan with what was found, and some more sites narrowed in their linears."""
-        every = (*spread, *more)
-        rest = tuple(part for part in plan.sites if part not in every)
-        narrow = plan.model_copy(update={"sites": rest, "zeroed": tuple(stuck)})
+    def so_far(*more: SitePlan, rest: tuple[str, ...] = ()) -> Plan:
+        """Return the plan with what was found, some more sites narrowed in their linears, and others left in place."""
+        every, zeroed = (*spread, *more), (*stuck, *rest)
+        others = tuple(part for part in plan.sites if part not in every)
+        narrow = plan.model_copy(update={"sites": others, "zeroed": zeroed})
         edits = (*found, *spread_edits(model, narrow, every))
         names = tuple(part.site.name for part in every)
-        return plan.model_copy(update={"edits": edits, "spread": names, "zeroed": tuple(stuck)})
+        return plan.model_copy(update={"edits": edits, "spread": names, "zeroed": zeroed})
 
     for path, every in holders(model, plan).items():
         named = [part for part in every if part.site.name in linears and can_spread(model, part)]
@@ -91,9 +91,8 @@ def find_edits(
         apart: list[SitePlan] = []
         for part in parts:
             if part not in kept and can_spread(model, part):
-                trial = so_far(*apart, part)
-                rest = (p.site.name for p in parts if p not in (*kept, *apart, part))
-                trial = trial.model_copy(update={"zeroed": (*trial.zeroed, *rest)})
+                rest = tuple(p.site.name for p in parts if p not in (*kept, *apart, part))
+                trial = so_far(*apart, part, rest=rest)
                 narrowed = Trial(model, trial, path, [*kept, *apart, part], watches[path], {}, whole=False)
                 apart.extend([part] if narrowed.search(()) == () else [])
         spread.extend(apart)

@@ -112,9 +112,13 @@ def test_inputs_of_transformers_may_be_given_or_left_out() -> None:
 def test_a_second_input_is_traced_when_given() -> None:
     model = mlp()
     scale = torch.rand(3, 4, HIDDEN, dtype=torch.float64)
-    found = fxslim.inspect(model, (given(), scale))
-    assert found.sites == ()
-    assert "input 'scale'" in {note.where: note.reason for note in found.pinned}["down"]
+    plan = fxslim.plan(model, (given(), scale), ffn=0.5)
+    with fxslim.masked(model, plan):
+        expected = outputs(model, (given() * 2, scale))
+    for make in (fxslim.slim, fxslim.compile):  # it stays as wide, and is gathered
+        small = make(model, (given(), scale), plan=plan)
+        assert small.fxslim.plan.zeroed == ()
+        assert difference(expected, outputs(small, (given() * 2, scale))) <= EXACT
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

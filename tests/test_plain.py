@@ -295,7 +295,7 @@ REFUSED: dict[str, tuple[Forward, str]] = {
     "its largest": (lambda m, x: (lambda h: m.down(h) + h.amax(-1, keepdim=True))(F.gelu(m.up(x))), "amax"),
     "sorted": (lambda m, x: m.down(m.up(x).sort(-1).values), "sort"),
     "shifted into itself": (lambda m, x: (lambda h: m.down(h + h.roll(1, -1)))(F.gelu(m.up(x))), "together"),
-    "added to the input": (lambda m, x: m.square_down(x + F.gelu(m.square(x))), "input"),
+    "added to the input": (lambda m, x: m.square_down(m.even(x + F.gelu(m.square(x)))), "input"),
 }  # fmt: skip
 
 
@@ -303,8 +303,9 @@ REFUSED: dict[str, tuple[Forward, str]] = {
 def test_refused_with_the_reason(name: str) -> None:
     compute, word = REFUSED[name]
     model = net(
-        compute, up=up(), down=down(), norm=nn.LayerNorm(HIDDEN), square=nn.Linear(D, D), square_down=nn.Linear(D, V)
-    )
+        compute, up=up(), down=down(), norm=nn.LayerNorm(HIDDEN), even=nn.LayerNorm(D),
+        square=nn.Linear(D, D), square_down=nn.Linear(D, V),
+    )  # fmt: skip
     found = fxslim.inspect(model, given())
     consumer = "square_down" if name == "added to the input" else "down"
     assert [s.name for s in found.sites if any(p.tensor == f"{consumer}.weight" for p in s.slices)] == []
@@ -651,8 +652,8 @@ def test_a_convolutional_block() -> None:
     torch.manual_seed(0)
     stem, head = nn.Conv2d(3, D, 4, stride=4), nn.Conv2d(D, V, 1)
     model = nn.Sequential(stem, ConvBlock(), ConvBlock(), head).double().eval()
-    assert described(model, pixels(2, 0)) == [f"{i}:ffn {HIDDEN}" for i in (1, 2)]
-    narrowed(model, pixels(2, 0), pixels(3, 1), pixels(1, 2))
+    assert described(model, pixels(2, 0)) == [*(f"{i}:ffn {HIDDEN}" for i in (1, 2)), f"generic {D}"]
+    narrowed(model, pixels(2, 0), pixels(3, 1), pixels(1, 2), spread=True, smaller=True)  # what blocks add to is wider
 
 
 def test_channels_between_convolutions() -> None:

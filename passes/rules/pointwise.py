@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxslim.functional import mutates
 from fxslim.labels import CONSTANT, Value
 from fxslim.passes.rules.movement import COPIES, MOVES
 from fxslim.passes.rules.walk import Walk, rule, sizes
@@ -37,7 +38,7 @@ def pointwise(walk: Walk, node: fx.Node) -> Any:
             joined = walk.join(walk.operands(node), tuple(walk.operands(node)[0].shape))
             return tuple(joined if isinstance(item, torch.Tensor) else None for item in value)
         return None
-    joined = walk.join(lent(walk, node), sizes(node))
+    joined = walk.join(lent(walk, node), sizes(node), meets=not mutates(node))
     copied = str(getattr(node.target, "overloadpacket", "")) in COPIES
     return dataclasses.replace(joined, indexes=walk.value(node.args[0]).indexes) if copied else joined
 

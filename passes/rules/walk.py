@@ -122,12 +122,17 @@ class Walk:
                 found.extend(item for item in value if isinstance(item, Value))
         return found
 
-    def join(self, operands: Sequence[Value], shape: Sequence[int]) -> Value:
+    def join(self, operands: Sequence[Value], shape: Sequence[int], *, meets: bool = False) -> Value:
         """Combine operands that are broadcast against each other, element by element.
 
         Equal axes tie, an operand that is broadcast along a labelled axis is a parent, a constant (a bias, a table,
         anything computed from parameters and positions alone) is a parent of the data it meets and free to be
         gathered, and an unlabelled axis of data pins what it meets.
+
+        Args:
+            operands: what is combined.
+            shape: the result's.
+            meets: whether data that has to stay whole may be gathered here (``passes/loosen.py`` decides).
         """
         shape = tuple(shape)
         padded = [_pad(operand, len(shape)) for operand in operands]
@@ -136,29 +141,41 @@ class Walk:
         for axes, members in clusters([labels for operand in padded for labels in operand.labels]):
             data = [labels for labels in members if id(labels) not in constant]
             covers = bool(data) and frozenset().union(*map(axes_of, data)) == axes
+            gathers = self.meet(axes, data, padded) if meets else None
+            if gathers is not None:
+                data, members = [gathers], [gathers, *(own for own in members if id(own) in constant)]
             if covers and len(data) < len(members):
                 labels = merge(self.relations, axes, data)
                 for own in members:
                     if id(own) in constant:
                         self.relations.parent(own, labels)
+            elif data and len(data) < len(members):  # the table may meet other data elsewhere
+                labels = combine(self.relations, members)
             else:
                 labels = merge(self.relations, axes, members)
             for operand in padded:
-                self.settle(labels, axes, operand)
+                if gathers is None or not _is_bare(operand, axes):  # what meets pins by itself
+                    self.settle(labels, axes, operand)
             merged.append(labels)
         return Value(shape, tuple(merged), origin_of(operands), any(operand.looked_up for operand in operands))
+
+    def meet(self, axes: frozenset[int], data: list[torch.Tensor], operands: list[Value]) -> torch.Tensor | None:
+        """Let labels of data meet others, and data without labels on these axes; return the result's, if they do."""
+        full = [labels for labels in data if axes_of(labels) == axes]
+        bare = [operand.origin for operand in operands if _is_bare(operand, axes)]
+        if self.node is None or not full or (not bare and all(torch.equal(full[0], labels) for labels in data)):
+            return None
+        others = [labels for labels in data if axes_of(labels) != axes]
+        return self.relations.meet(self.node.name, full, others, bare)
 
     def settle(self, labels: torch.Tensor, axes: frozenset[int], operand: Value) -> None:
         """Tie labels along axes that an operand of data has without labels; pin them where it has all of them."""
         if operand.origin == CONSTANT:
             return
-        labelled = frozenset().union(*(axes_of(own) for own in operand.labels))
-        bare = [axis for axis in axes if operand.shape[axis] > 1 and axis not in labelled]
-        if not bare:
-            return
-        if len(bare) == len(axes):
+        bare = _bare_axes(operand, axes)
+        if bare and len(bare) == len(axes):
             self.relations.pin(labels, operand.origin)
-        else:
+        elif bare:
             self.tie_along(labels, bare)
 
     def reduce(self, value: Value, axes: Sequence[int], *, keepdim: bool) -> Value:
@@ -220,6 +237,17 @@ class Walk:
             shapes = [tuple(hint(s) for s in item.shape) if isinstance(item, torch.Tensor) else () for item in value]
             return tuple(Value(shape, (), origin, looked_up) for shape in shapes)
         return None
+
+
+def _bare_axes(value: Value, axes: frozenset[int]) -> list[int]:
+    """Return the axes of several coordinates along which a value has no labels."""
+    labelled = frozenset().union(*(axes_of(own) for own in value.labels))
+    return [axis for axis in axes if value.shape[axis] > 1 and axis not in labelled]
+
+
+def _is_bare(value: Value, axes: frozenset[int]) -> bool:
+    """Tell whether a value is data that pins what it meets: it has several coordinates on all axes, and no labels."""
+    return value.origin != CONSTANT and len(_bare_axes(value, axes)) == len(axes)
 
 
 def _pad(value: Value, rank: int) -> Value:

@@ -190,10 +190,19 @@ def test_a_weight_shared_by_all_heads_is_a_parent_of_each() -> None:
     assert follows(program, labels, {("up", 0): [1, 4]}) == {("up", 0): [1, 4], ("down", 1): [1, 4], ("scale", 0): [1]}
 
 
-def test_adding_the_input_pins_with_its_name() -> None:
+def test_an_input_is_gathered_where_it_is_added() -> None:
     program, labels = labelled(
         lambda m, x: functional.linear(functional.linear(x, m.up) + x, m.down), X, up=(4, 4), down=(5, 4)
     )
+    assert follows(program, labels, {("up", 0): [1]}) == {("up", 0): [1], ("down", 1): [1]}
+    assert pinned_because(program, labels, "up", 1) == ["input 'x' of the model"] * 4
+
+
+def test_adding_the_input_to_what_a_norm_reads_pins_with_its_name() -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        return functional.linear(functional.layer_norm(functional.linear(x, m.up) + x, (4,)), m.down)
+
+    program, labels = labelled(function, X, up=(4, 4), down=(5, 4))
     assert pinned_because(program, labels, "up", 0) == ["input 'x' of the model"] * 4
 
 

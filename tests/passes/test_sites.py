@@ -98,6 +98,7 @@ def test_what_lies_behind_the_last_block_is_a_task_head() -> None:
     assert {site.name: site.task_head for site in found.sites} == {
         "blocks.0:ffn": False,
         "blocks.1:ffn": False,
+        "generic": False,  # what the head reads of the last block
         "head:ffn": True,
     }
 
