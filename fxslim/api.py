@@ -353,7 +353,9 @@ def _recorded(record: Record, repaired: Repaired | None) -> Record:
     if repaired is None or record.report is None:
         return record
     plan = record.plan.model_copy(update={"weights_changed": bool(repaired.tensors)})
-    report = dataclasses.replace(record.report, plan=plan, fits=repaired.fits, tokens=repaired.tokens)
+    report = dataclasses.replace(
+        record.report, plan=plan, fits=repaired.fits, tokens=repaired.tokens, reached=repaired.reached
+    )
     return Record(plan, report)
 
 

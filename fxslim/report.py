@@ -140,6 +140,27 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """What became of a target.
+
+    Attributes:
+        target: the target, such as ``speedup(2)``.
+        unit: what the numbers count: ``MACs``, ``parameters``, ``bytes`` or ``times faster``.
+        asked: the limit; how many times faster, of time.
+        predicted: what the sites' own costs add up to.
+        measured: what the narrowed model has: counted, or timed end to end.
+        within: half-width of the 95 % interval of what was timed, relative; 0 where things are counted.
+    """
+
+    target: str
+    unit: str
+    asked: float
+    predicted: float
+    measured: float
+    within: float = 0.0
+
+
+@dataclass(frozen=True)
 class Report:
     """What was done to a model.
 
@@ -155,6 +176,7 @@ class Report:
         seconds: pass -> wall time.
         fits: how what is left was fitted on calibration data, site by site.
         tokens: how many tokens of calibration data that were.
+        reached: what became of the targets.
     """
 
     parameters_before: int
@@ -168,6 +190,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     fits: tuple[Fit, ...] = ()
     tokens: int = 0
+    reached: tuple[Reached, ...] = ()
 
     @property
     def sites(self) -> tuple[dict[str, Any], ...]:
@@ -193,6 +216,7 @@ class Report:
                 for fit in self.fits
             ],
             "tokens": self.tokens,
+            "reached": [asdict(one) for one in self.reached],
         }
 
     def __str__(self) -> str:
@@ -205,6 +229,8 @@ class Report:
         ]
         rows = [(s["name"], s["kind"], s["kept"], s["units"]) for s in self.sites]
         parts = [table(("", "before#", "after#", "left#"), totals)]
+        if self.reached:
+            parts.append(_reached(self.reached))
         if self.fits:
             parts.append(_fits(self.fits, self.tokens))
         elif rows:
@@ -213,6 +239,15 @@ class Report:
         parts.extend(f"not done: {note.where}: {note.reason}" for note in self.not_done)
         parts.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
         return "\n".join(parts)
+
+
+def _reached(reached: tuple[Reached, ...]) -> str:
+    rows = []
+    for one in reached:
+        numbers = (one.asked, one.predicted, one.measured)
+        texts = [f"{n:.3f}" if one.unit == "times faster" else f"{n:,.0f}" for n in numbers]
+        rows.append((one.target, one.unit, *texts, f"{one.within:.1%}" if one.within else ""))
+    return table(("target", "", "asked#", "predicted#", "measured#", "±#"), rows)
 
 
 def _fits(fits: tuple[Fit, ...], tokens: int) -> str:

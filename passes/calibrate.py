@@ -27,7 +27,7 @@ from fxslim.passes.sites import Sites
 from fxslim.pipeline import Facts, Pipeline
 from fxslim.plan import Note, Plan, Site, SitePlan
 from fxslim.program import Program
-from fxslim.report import Fit
+from fxslim.report import Fit, Reached
 from fxslim.sharing import share
 
 
@@ -40,12 +40,14 @@ class Repaired:
         tensors: canonical name -> tensors that are its own.
         fits: what was done, site by site.
         tokens: how many tokens were looked at.
+        reached: what became of the targets.
     """
 
     model: nn.Module
     tensors: Mapping[str, torch.Tensor]
     fits: tuple[Fit, ...]
     tokens: int
+    reached: tuple[Reached, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Calibrate:
         plan = self.plan or new_plan(model, Choice(made.parts, notes), self.request)
         plan = plan.model_copy(update={"requested": {**plan.requested, **requested(self.recipe)}})
         tokens = self.data.tokens if self.data is not None else 0
-        return facts.adding(plan, Repaired(_with(model, made.tensors), made.tensors, made.fits, tokens))
+        return facts.adding(plan, Repaired(_with(model, made.tensors), made.tensors, made.fits, tokens, made.reached))
 
     def _price(self, facts: Facts, count: Callable[[tuple[SitePlan, ...]], int]) -> Price:
         """Return what a model costs after site plans."""

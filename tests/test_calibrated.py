@@ -18,6 +18,7 @@ import fxslim
 from fxslim.calibration import calibration
 from fxslim.errors import InputError, PlanError, RequestError
 from fxslim.passes.fitting import latency
+from fxslim.timer import Estimate
 
 from agreement import difference, outputs
 from everywhere import ENTRIES
@@ -174,17 +175,23 @@ def test_a_speed_up_is_met_by_what_is_measured(monkeypatch: pytest.MonkeyPatch, 
     model, batches = model_of("bert")
     counted: list[float] = []
 
-    def ratios(self: latency.Latency, models: dict[str, nn.Module], *_: Any, **__: Any) -> dict[str, float]:
+    def ratios(self: latency.Latency, models: dict[str, nn.Module], *_: Any, **__: Any) -> dict[str, Estimate]:
         dense = fxslim.count.macs_of(self.dense, **self.inputs)
         found = {name: fxslim.count.macs_of(own, **self.inputs) / dense for name, own in models.items()}
         counted.extend(found.values())
-        return found
+        return {name: Estimate(one, one * 0.99, one * 1.01) for name, one in found.items()}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(latency.Latency, "_ratios", ratios)
     small: Any = fxslim.slim(model, calibration=batches[:4], target=fxslim.speedup(1.5, inputs=batches[0]))
     reached = fxslim.count.macs_of(small, **batches[0]) / fxslim.count.macs_of(model, **batches[0])
     assert 1 / 1.5 * 0.9 < reached <= 1 / 1.5 * 1.03
+    (made,) = small.fxslim.report.reached
+    assert (made.target, made.unit, made.asked) == ("speedup(1.5)", "times faster", pytest.approx(1.5))
+    assert made.measured == pytest.approx(1 / reached)
+    assert made.predicted == pytest.approx(1.5, rel=0.1)
+    assert made.within == pytest.approx(0.01)
+    assert "speedup(1.5)" in str(small.fxslim.report)
     assert len(list(tmp_path.rglob("*.json"))) == 1
     tables = len(counted)
     fxslim.slim(model, calibration=batches[:4], target=fxslim.speedup(1.5, inputs=batches[0]))

@@ -15,12 +15,14 @@ from fxslim.errors import RequestError
 from fxslim.passes.fitting.latency import Latency
 from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program
+from fxslim.report import Reached
 from fxslim.targets import Target
 
 MOST_LEVELS = 48
 ROUNDS = 8
 TIME_SLACK = 0.01
 """Part of a limit on time by which a measured model may miss it."""
+UNITS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "time": "times faster"}
 GAP = 1e-4
 """Relative distance from the best allocation at which the search stops."""
 
@@ -112,6 +114,22 @@ class Price:
             own = sum(n for name, n in sizes.items() if isinstance(self.program.tensors[name], torch.nn.Parameter))
             return float(own + self.outside[0])
         return float(sum(n * self.program.tensors[name].element_size() for name, n in sizes.items()) + self.outside[1])
+
+    def reached(self, target: Target, dense: float, predicted: float, parts: Sequence[SitePlan]) -> Reached:
+        """Return what became of a target.
+
+        Args:
+            target: the target.
+            dense: what the dense model costs.
+            predicted: what the sites' own costs add up to.
+            parts: site plans.
+        """
+        limit, now = target.limit(dense), self.of(target.resource, parts)
+        if target.resource != "time":
+            return Reached(str(target), UNITS[target.resource], limit, predicted, now)
+        assert self.latency is not None
+        within = self.latency.estimate(parts).half_width
+        return Reached(str(target), UNITS["time"], 1 / limit, 1 / max(predicted, 1e-9), 1 / now, within)
 
     def holds(self, wanted: Sequence[Target], parts: Sequence[SitePlan]) -> bool:
         """Tell whether site plans are within every limit."""

@@ -23,7 +23,7 @@ from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.methods import WEIGHTS
 from fxslim.plan import Note, Site, SitePlan, units_by_group
 from fxslim.program import Program
-from fxslim.report import Fit
+from fxslim.report import Fit, Reached
 from fxslim.targets import Target
 
 
@@ -61,12 +61,14 @@ class Fitted:
         tensors: canonical tensor name -> repaired tensor; empty without repair.
         fits: what was done, site by site.
         notes: what was not.
+        reached: what became of the targets.
     """
 
     parts: tuple[SitePlan, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     fits: tuple[Fit, ...] = ()
     notes: tuple[Note, ...] = ()
+    reached: tuple[Reached, ...] = ()
 
 
 def fit(
@@ -98,12 +100,13 @@ def fit(
     rows = rows_of(program, data.batches) if data is not None else None
     with _bar(len(names) * (1 - fixed + repairs), visible=progress) as tick:
         chosen: Chosen = {}
+        reached: tuple[Reached, ...] = ()
         if rows is not None and (repairs or recipe.method == "obs" or recipe.targets):
             rows = _weighted(program, subjects, rows, recipe.seed)
         if not fixed:
             _look(program, subjects, recipe, rows, tick)
             if recipe.targets:
-                chosen = _by_targets(subjects, recipe, price)
+                chosen, reached = _by_targets(subjects, recipe, price)
             else:
                 chosen = _by_counts(subjects, asked)
         mine = dict(asked) if fixed else {part.site.name: part for part in parts_of(subjects, chosen)}
@@ -111,13 +114,13 @@ def fit(
         if recipe.repair is None or data is None or rows is None:
             own = [mine[name] for name in names if name in mine]
             fits = tuple(fit_of(subjects, part, chosen) for part in own)
-            return Fitted((*own, *others), fits=fits, notes=tuple(notes))
+            return Fitted((*own, *others), fits=fits, notes=tuple(notes), reached=reached)
         again = chosen if recipe.method == "obs" else {}
         parts, tensors, fits = repair(
             program, subjects, data, rows, mine, again, tick, how=recipe.repair,
             propagate=recipe.propagate, swaps=recipe.swaps, seed=recipe.seed,
         )  # fmt: skip
-    return Fitted((*parts, *others), tensors, fits, tuple(notes))
+    return Fitted((*parts, *others), tensors, fits, tuple(notes), reached)
 
 
 def _weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Rows:
@@ -156,8 +159,8 @@ def _by_counts(subjects: Subjects, asked: Mapping[str, SitePlan]) -> Chosen:
     return chosen
 
 
-def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> Chosen:
-    """Return the steps that cost the model's output least within the budget."""
+def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> tuple[Chosen, tuple[Reached, ...]]:
+    """Return the steps that cost the model's output least within the budget, and what became of that."""
     resources = [one.resource for one in recipe.targets]
     dense = np.array([price.of(name, ()) for name in resources])
     faster = _time_saved(subjects, price, resources)
@@ -187,8 +190,10 @@ def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> Chosen:
             picks = {name: own[i] for (name, own), i in zip(levels.items(), numbers, strict=True)}
         return parts_of(subjects, _steps(picks))
 
-    within(price, recipe.targets, choose)
-    return _steps(picks)
+    parts = within(price, recipe.targets, choose)
+    predicted = dense + np.sum([one.costs for one in picks.values()], axis=0)
+    reached = [price.reached(*one, parts) for one in zip(recipe.targets, dense, predicted, strict=True)]
+    return _steps(picks), tuple(reached)
 
 
 def _time_saved(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fxslim.plan import SitePlan
-from fxslim.timer import compare
+from fxslim.timer import Estimate, compare
 
 POINTS = (0.25, 0.5, 0.75, 1.0)
 """Parts of a curve's steps at which the table is measured; between them it is linear."""
@@ -63,13 +63,17 @@ class Latency:
     sketch: Build
     inputs: Mapping[str, Any]
     key: str
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = field(default_factory=dict)
+    known: dict[tuple[tuple[str, int], ...], Estimate] = field(default_factory=dict)
 
     def share(self, parts: Sequence[SitePlan]) -> float:
         """Return the narrowed model's time, relative to the dense one's; interleaved, warm, medians."""
-        name = tuple((part.site.name, part.keep) for part in parts)
+        return self.estimate(parts).value
+
+    def estimate(self, parts: Sequence[SitePlan]) -> Estimate:
+        """Return the same with its interval; sizes that were timed before are not timed again."""
+        name = tuple((part.site.name, len(part.keep)) for part in parts)
         if not name:
-            return 1.0
+            return Estimate(1.0, 1.0, 1.0)
         if name not in self.known:
             self.known[name] = self._ratios({"small": self.build(tuple(parts))}, MEASURE_SECONDS)["small"]
         return self.known[name]
@@ -96,7 +100,8 @@ class Latency:
                 for shape in shapes
                 for steps in wanted[shape.name, shape.groups]
             }
-            ratios = self._ratios(models, TABLE_SECONDS, sketched=True)
+            timed = self._ratios(models, TABLE_SECONDS, sketched=True)
+            ratios = {name: one.value for name, one in timed.items()}
             _write(path, ratios)
         found = {}
         for shape in shapes:
@@ -106,7 +111,9 @@ class Latency:
             found[shape.name, shape.groups] = (np.array([0, *steps], dtype=float), rising)
         return found
 
-    def _ratios(self, models: Mapping[str, nn.Module], seconds: float, *, sketched: bool = False) -> dict[str, float]:
+    def _ratios(
+        self, models: Mapping[str, nn.Module], seconds: float, *, sketched: bool = False
+    ) -> dict[str, Estimate]:
         dense = self.sketch(()) if sketched else self.dense
         training = dense.training
         dense.eval()
@@ -122,7 +129,7 @@ class Latency:
         functions = {"dense": run(dense), **{name: run(model.eval()) for name, model in models.items()}}
         timing = compare(functions, max_seconds=seconds, target_ci=INTERVAL, device=device)
         dense.train(training)
-        return {name: timing[name].ratio.value for name in models}
+        return {name: timing[name].ratio for name in models}
 
     def _path(self, wanted: object) -> Path:
         """Return where a table is kept: by machine, versions, model, sizes and points."""

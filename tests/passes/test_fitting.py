@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from fxslim.passes.fitting.curve import Items, by_scores
 from fxslim.passes.fitting.moments import Moments, Sums
 from fxslim.passes.fitting.refit import refit, scale, scaled, solve
 from fxslim.passes.fitting.seen import Read, Seen
+from fxslim.passes.fitting.swaps import swapped
 from fxslim.passes.methods import METHODS
 from fxslim.passes.methods.obs import obs
 
@@ -234,3 +236,61 @@ def test_the_allocation_is_the_best_there_is(seed: int, resources: int) -> None:
 def test_a_budget_that_nothing_meets_is_refused() -> None:
     with pytest.raises(RequestError, match="cannot be reached"):
         allocate(levels(np.random.default_rng(0), 1), [-1.0])
+
+
+# Metrics, weights and swaps -------------------------------------------------------------------------------------------
+
+
+def test_weighted_rows_count_as_if_they_were_there_several_times() -> None:
+    x, _, t = data(1)
+    times = torch.randint(0, 4, (ROWS,), generator=torch.Generator().manual_seed(1))
+    weighted, repeated = Sums(UNITS, OUT, x.device), Sums(UNITS, OUT, x.device)
+    judged = torch.arange(ROWS) % 5 == 4
+    weighted.add(x, t, judged, times.double())
+    repeated.add(x.repeat_interleave(times, 0), t.repeat_interleave(times, 0), judged.repeat_interleave(times))
+    for part in (None, 0, 1):
+        one, two = weighted.moments(part, centred=True), repeated.moments(part, centred=True)
+        for name in ("x", "t", "xx", "xt"):
+            torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-12, atol=1e-12)
+        assert one.tt == pytest.approx(two.tt, rel=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_metric_of_what_is_returned_is_a_change_of_coordinates(width: int) -> None:
+    """OBS in the metric L Lᵀ is plain OBS on targets and weights that were multiplied by L."""
+    x, weight, t = data(width)
+    root = torch.randn(OUT, OUT, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    seen = seen_of(x, weight, t, width)
+    (read,) = seen.reads
+    measured = replace(seen, reads=(replace(read, root=root),))
+    moved = seen_of(x, weight @ root, t @ root, width)
+    mine, theirs = obs(measured, free(width), step=1), obs(moved, free(width), step=1)
+    assert mine.steps == theirs.steps
+    np.testing.assert_allclose(mine.damage, theirs.damage, rtol=1e-9)
+    assert mine.steps != obs(seen, free(width), step=1).steps or not np.allclose(mine.damage, theirs.damage[::-1])
+    diagonal = replace(read, root=root.diagonal())
+    assert torch.equal(diagonal.measured(weight), weight * root.diagonal())
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("width", [1, 3])
+def test_swaps_never_lose(width: int, classes: int) -> None:
+    """Against the error of every choice, by brute force."""
+    x, weight, t = data(width, seed=3)
+    seen = seen_of(x, weight, t, width)
+    own = tuple(np.array_split(np.arange(UNITS), classes))
+    items = Items(tuple((unit,) for unit in range(UNITS)), own)
+    damping = 1e-12
+
+    def error(keep: tuple[int, ...]) -> float:
+        return least_squares(x, t, [unit * width + i for unit in keep for i in range(width)], centred=True)
+
+    worst = max(itertools.combinations(range(UNITS), 4), key=error)
+    start = worst if classes == 1 else (0, 1, 4, 5)
+    found = swapped(seen, items, start, damping=damping)
+    assert len(found) == 4
+    assert [sum(unit in group for unit in found) for group in own] == [sum(u in group for u in start) for group in own]
+    assert error(found) <= error(start) * (1 + 1e-9)
+    if classes == 1:
+        assert error(found) < error(start)  # it started from the worst there is
+        assert swapped(seen, items, found, damping=damping) == found

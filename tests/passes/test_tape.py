@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
@@ -14,8 +14,10 @@ import fxslim
 from fxslim.calibration import calibration
 from fxslim.errors import InputError
 from fxslim.passes import pipelines
+from fxslim.passes.fitting.norms import norms, refit_norm
 from fxslim.passes.fitting.observe import gradients, rows_of
 from fxslim.passes.fitting.outputs import divergence, draw_of
+from fxslim.passes.fitting.sensitivity import sensitivity
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.sites import Sites
@@ -152,3 +154,76 @@ def test_divergence_is_kl_of_logits_and_squares_of_anything_else() -> None:
     assert weight == pytest.approx(float(first[mask.bool()].square().sum()))
     total, _ = divergence((first,), (second,), mask, torch.tensor([False, True]))
     assert total == pytest.approx(float((first - second)[1, 0].square().sum()))
+
+
+def test_sensitivity_is_the_jacobian_of_the_output() -> None:
+    """The expected damage of a small error is the measured one: the metric and weights against the real model.
+
+    One draw of noise gives a sample of the metric; their mean is what the Jacobian makes of an error.
+    """
+    model, batches, facts = found("bert")
+    model = model.double()
+    facts = pipelines.inspecting().run(pipelines.subject(model, batches[0]))
+    program = facts.get(Program)
+    data = calibration(model, batches[:1])
+    subjects, _ = subjects_of(program, facts.get(Sites).sites)
+    rows = rows_of(program, data.batches)
+    consumers = [one for own in subjects.reads.values() for one in own]
+    inputs = [dict(batch.inputs) for batch in data.batches]
+    tape = Tape(program, inputs, {n: t.detach() for n, t in program.tensors.items()})
+    draws = 400
+    total: dict[str, Tensor] = {}
+    for seed in range(draws):
+        made = sensitivity(tape, consumers, rows, seed=seed)
+        for name, root in made.roots.items():
+            total[name] = total.get(name, torch.zeros_like(root)) + root @ root.T / draws
+    with torch.no_grad():
+        dense = model(**batches[0]).last_hidden_state
+    mask = batches[0]["attention_mask"].bool()
+    generator = torch.Generator().manual_seed(0)
+    for consumer in consumers[-2:]:
+        module = model.get_submodule(consumer.weight.removesuffix(".weight"))
+        ratios = []
+        for _ in range(12):
+            error = 1e-4 * torch.randn(*mask.shape, dense.shape[-1], generator=generator, dtype=torch.float64)
+            error = error * mask[..., None]
+            handle = module.register_forward_hook(lambda m, a, out, error=error: out + error)
+            with torch.no_grad():
+                apart = model(**batches[0]).last_hidden_state - dense
+            handle.remove()
+            measured = float(apart[mask].square().sum() / dense[mask].square().sum())
+            spread = error[mask].T @ error[mask] / int(mask.sum())
+            ratios.append(float((total[consumer.weight] * spread).sum()) / measured)
+        assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.15)
+    for node, weights in made.weights.items():
+        counts, _ = rows.of(node, 0, weights[0].numel(), weights[0].device)
+        assert float(weights[0][counts].mean()) == pytest.approx(1.0, abs=0.1)  # the floor adds a little
+
+
+def test_factors_of_norms_are_least_squares() -> None:
+    model, batches, facts = found("bert")
+    program = facts.get(Program)
+    data = calibration(model, batches)
+    rows = rows_of(program, data.batches)
+    own = norms(program)
+    modules = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    assert {one.weight.removesuffix(".weight") for one in own} == modules
+    last = own[-1]
+    inputs = [dict(batch.inputs) for batch in data.batches]
+    other = {n: t if "intermediate" not in n else t + 0.3 for n, t in program.tensors.items()}  # a model that is off
+    mine, dense = Tape(program, inputs, other), Tape(program, inputs, program.tensors)
+    found_ = refit_norm(last, mine, dense, rows)
+    z, y = [], []
+    for i, batch in enumerate(batches):
+        mask = batch["attention_mask"].bool().reshape(-1)
+        z.append(last.plain(mine, i)[mask].double())
+        y.append(dense.peek(last.node, i).reshape(-1, z[0].shape[-1])[mask].double())
+    rows_z, rows_y = torch.cat(z), torch.cat(y)
+    for channel in (0, 3):
+        line = torch.stack([rows_z[:, channel], torch.ones(len(rows_z), dtype=torch.float64)], 1)
+        want = torch.linalg.lstsq(line, rows_y[:, channel, None]).solution[:, 0]
+        assert found_[last.weight][channel].item() == pytest.approx(float(want[0]), rel=1e-4)
+        assert found_[str(last.bias)][channel].item() == pytest.approx(float(want[1]), rel=1e-4, abs=1e-5)
+    same = refit_norm(last, Tape(program, inputs, program.tensors), Tape(program, inputs, program.tensors), rows)
+    for name, tensor in same.items():  # the dense model itself needs nothing
+        torch.testing.assert_close(tensor, program.tensors[name], rtol=1e-4, atol=1e-5)
