@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,8 +20,9 @@ from fxslim.passes import pipelines as lines
 from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put
 from fxslim.passes.choose import Request, select
 from fxslim.passes.emit import CompiledModule
+from fxslim.passes.express import express
 from fxslim.passes.mask import masked as _masked
-from fxslim.passes.narrow import replay
+from fxslim.passes.narrow import replay, say_sizes
 from fxslim.passes.paths import paths
 from fxslim.passes.prepare import settle
 from fxslim.passes.regional import is_regional
@@ -168,6 +169,8 @@ def slim(
             given = model.analysis  # the model may have changed in a way that an Inspection cannot see
             return slim(given.model, given.example_inputs, plan=plan, inplace=inplace, progress=progress,
                         observer=observer, **asked)  # fmt: skip
+    if want.recipe is not None and want.recipe.uniform:
+        record = _expressed(small, record, known.get(Program).call.example)
     if inplace:
         settle(dense)
         put(dense, {} if repaired is None else repaired.tensors)
@@ -346,6 +349,18 @@ def _calibrated(
     kept = {kind: fact for kind, fact in facts.known.items() if kind not in (Plan, Repaired)}
     facts = Facts(kept).adding(after, rebound(facts.get(Program), repaired.model))
     return facts, made, repaired
+
+
+def _expressed(small: nn.Module, record: Record, inputs: Mapping[str, Any]) -> Record:
+    """Say a narrowed model's sizes in its config where that can, so that it loads without fxslim."""
+    fields = express(small, record.plan, inputs)
+    if fields:
+        plan = record.plan.model_copy(update={"config": fields})
+        say_sizes(small, plan)
+        return Record(plan, record.report and dataclasses.replace(record.report, plan=plan))
+    reason = "no field of the config says these sizes: load what is saved with fxslim.from_pretrained"
+    note = Note(where="config", reason=reason)
+    return Record(record.plan, record.report and dataclasses.replace(record.report, notes=(*record.report.notes, note)))
 
 
 def _recorded(record: Record, repaired: Repaired | None) -> Record:

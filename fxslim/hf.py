@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from fxslim.errors import InputError, PlanError, UnsupportedModelError, VerifyError
 from fxslim.folder import replacing
 from fxslim.inputs import bind
+from fxslim.passes.express import set_fields
 from fxslim.passes.narrow import replay
 from fxslim.passes.prepare import settle
 from fxslim.plan import Plan
@@ -211,6 +212,7 @@ def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedMod
     """Return a subclass whose skeletons come out narrowed, so that loading reads the saved tensors into place."""
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        set_fields(config, {path: old for path, (old, _) in plan.config.items()})
         original.__init__(self, config, *args, **kwargs)
         with torch.device("cpu"):  # indices are real even where weights are not
             settle(self)

@@ -417,6 +417,8 @@ class Plan(Frozen):
         requested: what was asked for.
         notes: what was asked for and not done, with its reason.
         weights_changed: whether repaired weights are part of the result; always False without repair.
+        config: path of a config field -> its old and its new value, where the narrowed model's config says its sizes;
+            empty where none could.
     """
 
     schema_version: Literal[1] = 1
@@ -431,6 +433,7 @@ class Plan(Frozen):
     requested: dict[str, float | int | str | tuple[str, ...]] = Field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     weights_changed: bool = False
+    config: dict[str, tuple[int, int]] = Field(default_factory=dict)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Return the plan as JSON."""
@@ -500,6 +503,7 @@ class Plan(Frozen):
                 "requested": {**self.requested, **other.requested},
                 "notes": (*self.notes, *other.notes),
                 "weights_changed": self.weights_changed or other.weights_changed,
+                "config": {} if self.sites and not other.config else _joined_fields(self.config, other.config),
             }
         )
 
@@ -597,6 +601,14 @@ def _dense_rows(fold: Fold, gone: np.ndarray | None) -> Fold:
         return fold
     kept = np.flatnonzero(~gone)
     return fold.model_copy(update={"rows": tuple(int(kept[row]) for row in fold.rows)})
+
+
+def _joined_fields(one: dict[str, tuple[int, int]], other: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Return the fields that two plans change one after the other."""
+    found = dict(one)
+    for path, (old, new) in other.items():
+        found[path] = (one[path][0] if path in one else old, new)
+    return found
 
 
 def _chained(first: tuple[AnyEdit, ...], second: tuple[AnyEdit, ...]) -> tuple[AnyEdit, ...]:

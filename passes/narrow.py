@@ -12,7 +12,8 @@ from torch import nn
 from fxslim.errors import PlanError
 from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
-from fxslim.overlay import overlay
+from fxslim.overlay import overlay, underlying
+from fxslim.passes.express import set_fields
 from fxslim.passes.folding.fold import check_fold, folded
 from fxslim.passes.rows import cleared, without
 from fxslim.plan import (
@@ -54,6 +55,7 @@ def narrowed_copy(model: nn.Module, plan: Plan) -> nn.Module:
             memo[id(tensor)] = _own(by_id.get(id(tensor), tensor), tensor)
     small = copy.deepcopy(model, memo)
     _attributes(small, plan)
+    say_sizes(small, plan)
     return small
 
 
@@ -73,7 +75,15 @@ def replay(module: nn.Module, plan: Plan) -> nn.Module:
                 if tensor is not None and id(tensor) in by_id:
                     table[name] = by_id[id(tensor)]  # type: ignore[assignment]
     _attributes(module, plan)
+    say_sizes(module, plan)
     return module
+
+
+def say_sizes(module: nn.Module, plan: Plan) -> None:
+    """Say the new sizes in the model's config, where the plan found that it can."""
+    config = getattr(module, "config", None)
+    if config is not None and plan.config:
+        set_fields(underlying(config), {path: new for path, (_, new) in plan.config.items()})
 
 
 def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -384,3 +385,47 @@ def _received(queue: Any, workers: list[Any]) -> Iterator[Any]:
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# What plain transformers loads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "skip", "fields"), [
+    ("llama_gqa", (), {"intermediate_size", "num_attention_heads"}),
+    ("bert", ("*attention*",), {"intermediate_size"}),
+    ("bert", (), set()),
+])  # fmt: skip
+def test_even_sizes_load_without_fxslim_where_the_config_can_say_them(
+    name: str, skip: tuple[str, ...], fields: set[str], tmp_path: Path
+) -> None:
+    model, batches = model_of(name)
+    before = model.config.to_dict()
+    small: Any = fxslim.slim(model, calibration=batches[:4], target=fxslim.macs(0.7), uniform=True, skip=skip)
+    assert model.config.to_dict() == before
+    assert set(small.fxslim.plan.config) == fields
+    small.eval()
+    with torch.no_grad():
+        expected = small(**batches[0])[0]
+    fxslim.save_pretrained(small, tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(fxslim.from_pretrained(tmp_path / "ours").eval()(**batches[0])[0], expected)
+    if not fields:
+        assert any(note.where == "config" for note in small.fxslim.report.notes)
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            type(model).from_pretrained(tmp_path / "ours")
+        return
+    plain = type(model).from_pretrained(tmp_path / "ours", attn_implementation=model.config._attn_implementation)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**batches[0])[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_is_calibrated_in_single() -> None:
+    model, batches = model_of("bert")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    small: Any = fxslim.slim(half, calibration=batches[:4], target=fxslim.macs(0.7))
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    plain: Any = fxslim.slim(half, plan=fxslim.plan(half, ffn=0.3, heads=0.25))
+    with torch.no_grad():
+        wanted = model.float()(**batches[5])[0]
+        errors = [float((one(**batches[5])[0].float() - wanted).norm() / wanted.norm()) for one in (small, plain)]
+    assert errors[0] < errors[1]  # chosen and fitted on data: closer than by magnitude
