@@ -66,24 +66,24 @@ def look(
     tape = Tape(program, inputs, program.tensors)
     plain = replace(rows, weights={}) if method != "obs" else rows  # as the authors of the other methods have it
     for name, site in subjects.sites.items():
-        every, fitting, judging = [], [], []
+        parts: dict[int | None, list[Read]] = {None: [], 0: [], 1: []}
         for consumer in subjects.reads[name]:
             weight, root = consumer.matrix(program.tensors), subjects.roots.get(consumer.weight)
             seen_sums = sums(tape, consumer, plain, None, 0)
             centred = consumer.bias is not None
             bias = program.tensors[consumer.bias].detach().double() if consumer.bias is not None else None
-            for reads, part in ((every, None), (fitting, 0), (judging, 1)):
+            for part, reads in parts.items():
                 own = _own_targets(seen_sums.moments(part, centred=centred), weight, bias)
                 reads.append(Read(consumer, own, weight, root))
         slopes = bent.get(name, Gradients(np.zeros(site.units), np.zeros(site.units)))
-        seen = Seen(site, measure(site, program.tensors).scores, tuple(every), slopes.first, slopes.second, seed)
+        seen = Seen(site, measure(site, program.tensors).scores, tuple(parts[None]), slopes.first, slopes.second, seed)
         for groups in choices(site):
             subjects.curves[name, groups] = curve = METHODS[method](seen, items(site, groups=groups))
-            for part in PARTS if expects else ():
-                steps = round(part * len(curve.steps))
+            for size in PARTS if expects else ():
+                steps = round(size * len(curve.steps))
                 if steps:
                     keep = curve.keep(site.units, steps)
-                    damage = sum(_damage(*two, keep, repair=repair) for two in zip(fitting, judging, strict=True))
+                    damage = sum(_damage(*two, keep, repair=repair) for two in zip(parts[0], parts[1], strict=True))
                     subjects.expected.setdefault((name, groups), []).append((float(curve.damage[steps]), damage))
         tick(name)
 
