@@ -22,7 +22,7 @@ from fxslim.timer import Estimate, compare
 POINTS = (0.25, 0.5, 0.75, 1.0)
 """Parts of a curve's steps at which the table is measured; between them it is linear."""
 TABLE_SECONDS = 40.0
-MEASURE_SECONDS = 60.0
+MEASURE_SECONDS = 180.0
 INTERVAL = 0.01
 """Half-width of the interval of a measured ratio."""
 
