@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxslim.targets import macs, memory, params, speedup
     from fxslim.training.callback import PruningCallback
     from fxslim.training.config import Distillation, PruningConfig, WeightMasks
+    from fxslim.training.oneshot import sparsify
     from fxslim.training.pruner import Pruner
     from fxslim.transcript import Transcript
 
@@ -35,6 +36,7 @@ _HOMES = MappingProxyType(
         "Plan": "fxslim.plan",
         **dict.fromkeys(("Distillation", "PruningConfig", "WeightMasks"), "fxslim.training.config"),
         "Pruner": "fxslim.training.pruner",
+        "sparsify": "fxslim.training.oneshot",
         "PruningCallback": "fxslim.training.callback",
         "Transcript": "fxslim.transcript",
     }
@@ -65,6 +67,7 @@ __all__ = [
     "plan",
     "save_pretrained",
     "slim",
+    "sparsify",
     "speedup",
     "timer",
     "verify",

@@ -107,6 +107,7 @@ class WeightMasks:
             _fraction("fraction", self.fraction)
             if fixed is not None and abs(self.fraction - fixed) > 1e-9:
                 raise RequestError(f"pattern={self.pattern!r} masks {fixed:g} of the weights, not {self.fraction:g}.")
+            object.__setattr__(self, "fraction", self.fraction if fixed is None else fixed)
         if not _number(self.lasso) or not 0 <= self.lasso < float("inf"):
             raise RequestError(f"lasso={self.lasso!r}: give a strength of at least 0.")
         _whole("portions", self.portions)

@@ -39,11 +39,16 @@ class Pattern:
         """Return the size of a block of a matrix: outputs, inputs."""
         return self.rows or shape[0], self.columns or shape[1]
 
-    def misfit(self, shape: Sequence[int]) -> str:
-        """Say why a matrix cannot be taken apart into blocks; nothing where it can."""
+    def misfit(self, shape: Sequence[int], channels: int) -> str:
+        """Say why a matrix cannot be taken apart into blocks; nothing where it can.
+
+        Args:
+            shape: of the matrix: outputs, inputs.
+            channels: how many inputs are in one place of a convolution's kernel; no block is in two places.
+        """
         rows, columns = self.block(shape)
-        if shape[0] % rows or shape[1] % columns:
-            return f"{shape[0]} outputs by {shape[1]} inputs are no multiple of {rows} by {columns}"
+        if shape[0] % rows or (self.columns and channels % columns):
+            return f"{shape[0]} outputs by {channels} inputs are no multiple of {rows} by {columns}"
         return ""
 
     def summed(self, values: Tensor) -> Tensor:
@@ -117,6 +122,11 @@ class Layer:
         weight = self.module.weight
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    @property
+    def channels(self) -> int:
+        """Return the number of inputs, for one place of a kernel."""
+        return self.weight.shape[0 if self.transposed else 1]
 
     def matrix(self, values: Tensor) -> Tensor:
         """Lay something about every weight out as a matrix; of convolutions, the input channels vary fastest.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,14 @@ class MaskedLayer:
     Attributes:
         layer: the layer.
         chosen: which blocks go.  (blocks out, blocks in) bool
-        gone: which weights are masked by now.  (out, in) bool
+        wanted: which weights go with them.  (out, in) bool
+        gone: which of those are masked by now.  (out, in) bool
         score: the scores of blocks, or of single weights where a part of a block goes.
     """
 
     layer: Layer
     chosen: Tensor
+    wanted: Tensor
     gone: Tensor
     score: Tensor
 
@@ -68,7 +71,7 @@ class MaskedWeights:
         """How many portions of what was chosen last have still to go."""
         if self.asked.lock:
             for own in self.layers:
-                own.gone = own.layer.matrix(own.layer.weight.detach() == 0).clone()
+                own.wanted = own.gone = own.layer.matrix(own.layer.weight.detach() == 0).clone()
         self._check_limits()
 
     def _masked(self, layer: Layer) -> MaskedLayer:
@@ -83,7 +86,7 @@ class MaskedWeights:
         chosen = self.pattern.summed(gone) > 0
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         score = torch.zeros(matrix.shape if self.pattern.drop else chosen.shape, dtype=dtype, device=weight.device)
-        return MaskedLayer(layer, chosen, gone, score)
+        return MaskedLayer(layer, chosen, gone, gone.clone(), score)
 
     # What a step says -------------------------------------------------------------------------------------------------
 
@@ -143,7 +146,9 @@ class MaskedWeights:
         else:
             taken = [lowest(own, int(fraction * len(own) + 1e-9)) for own in ranked]
         for own, one in zip(self.layers, taken, strict=True):
-            own.chosen |= agreed(one, one.device).reshape(own.chosen.shape)
+            new = agreed(one, one.device).reshape(own.chosen.shape) & ~own.chosen
+            own.wanted |= self.pattern.spread(new, own.score)
+            own.chosen |= new
         self.due = self.asked.portions
         self.portion()
 
@@ -157,8 +162,7 @@ class MaskedWeights:
         if not self.due:
             return
         for own in self.layers:
-            wanted = self._wanted(own)
-            left = wanted & ~own.gone
+            left = own.wanted & ~own.gone
             count = int(left.sum())
             if self.due > 1 and count:
                 values = own.layer.matrix(own.layer.weight.detach()).abs().double().masked_fill(~left, torch.inf)
@@ -166,20 +170,11 @@ class MaskedWeights:
             own.gone |= left
         self.due -= 1
 
-    def _wanted(self, own: MaskedLayer) -> Tensor:
-        """Return which weights go with the chosen blocks; in blocks of which a part is gone, that part."""
-        wanted = self.pattern.spread(own.chosen, own.score)
-        if self.pattern.drop is None:
-            return wanted
-        rows, columns = self.pattern.block(own.gone.shape)
-        parts = own.gone.reshape(own.gone.shape[0] // rows, -1, columns).sum(-1) == self.pattern.drop
-        return torch.where(parts.repeat_interleave(columns, 1), own.gone, wanted)
-
     def _limits(self, own: MaskedLayer) -> tuple[int, int]:
         """Return how many blocks of a layer go at least and at most."""
         low, high = (limit / (self.pattern.fraction or 1.0) for limit in self.config.limits)
         count = own.chosen.numel()
-        return min(-int(-low * count + 1e-9), count), min(int(high * count + 1e-9), count)
+        return min(math.ceil(low * count - 1e-9), count), min(math.floor(high * count + 1e-9), count)
 
     def _check_limits(self) -> None:
         if self.config.scope != "global" or self.asked.lock:
@@ -253,7 +248,7 @@ class MaskedWeights:
         """Return masks and scores, by layer."""
         found = {"weights.due": torch.tensor(self.due)}
         for own in self.layers:
-            for name in ("chosen", "gone", "score"):
+            for name in ("chosen", "wanted", "gone", "score"):
                 found[f"weights.{own.layer.path}.{name}"] = getattr(own, name).detach().cpu().clone().contiguous()
         return found
 
@@ -261,7 +256,7 @@ class MaskedWeights:
         """Take masks and scores; see `state`."""
         self.due = int(state["weights.due"])
         for own in self.layers:
-            for name in ("chosen", "gone", "score"):
+            for name in ("chosen", "wanted", "gone", "score"):
                 before = getattr(own, name)
                 setattr(own, name, state[f"weights.{own.layer.path}.{name}"].to(before.device, before.dtype))
 
@@ -285,7 +280,7 @@ def chosen_layers(
         included = not include or any(matches((layer.path,), glob) for glob in include)
         if not included or any(matches((layer.path,), glob) for glob in skip):
             continue
-        misfit = "" if asked.lock else pattern.misfit(layer.matrix(layer.weight).shape)
+        misfit = "" if asked.lock else pattern.misfit(layer.matrix(layer.weight).shape, layer.channels)
         if misfit:
             refused.append((layer.path, misfit))
         else:
