@@ -30,6 +30,7 @@ class PruningCallback(TrainerCallback):
         config: what goes.
         example_inputs: see `fxslim.inspect`; not needed for models of transformers.
         teacher: the dense model for distillation; None for a copy of the model that the ``Trainer`` is made with.
+        calibration: batches on which weights are fitted whenever units are masked; see `fxslim.Pruner`.
         resume_from: folder with the masks to go on from, where it is neither in the output folder nor among the
             training arguments.
     """
@@ -40,6 +41,7 @@ class PruningCallback(TrainerCallback):
         *,
         example_inputs: Any = None,
         teacher: nn.Module | None = None,
+        calibration: Any = None,
         resume_from: str | PathLike[str] | None = None,
     ) -> None:
         if not isinstance(config, PruningConfig):
@@ -47,6 +49,7 @@ class PruningCallback(TrainerCallback):
         if teacher is not None and config.distill is None:
             raise InputError("teacher= does nothing without distill= in the config.")
         self.config, self.example_inputs, self.teacher, self.resume_from = config, example_inputs, teacher, resume_from
+        self.calibration = calibration
         self.pruner: Pruner | None = None
         self._settled = False
 
@@ -74,6 +77,7 @@ class PruningCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
             steps=state.max_steps,
             teacher=self.teacher,
+            calibration=self.calibration,
         )
         for note in self.pruner.notes:
             LOG.warning("%s: %s", note.where, note.reason)

@@ -19,6 +19,7 @@ from fxslim.training.checkpoint import State, read, write
 from fxslim.training.config import PruningConfig
 from fxslim.training.distill import Teaching
 from fxslim.training.figures import Estimate, Figures, quantiles
+from fxslim.training.mend import Mending
 from fxslim.training.schedule import Timeline, masked_fraction, timeline
 from fxslim.training.units import MaskedUnits
 from fxslim.training.weights import MaskedWeights
@@ -50,6 +51,8 @@ class Pruner:
         optimizer: the optimizer, whose memory of what is masked is cleared; it may be set later.
         steps: how many optimizer steps the training has; needed where ``start`` or ``end`` is a fraction.
         teacher: the dense model for distillation; None for a copy of the model as it is now.
+        calibration: an iterable of batches (see `fxslim.plan`): whenever units are masked, weights and biases around
+            them are fitted to what the model computed before. It takes seconds, so updates should be few (``every``).
 
     Raises:
         InputError: something does not fit, or is missing.
@@ -65,11 +68,14 @@ class Pruner:
         optimizer: Any = None,
         steps: int | None = None,
         teacher: nn.Module | None = None,
+        calibration: Any = None,
     ) -> None:
         if not isinstance(config, PruningConfig):
             raise InputError(f"config takes a fxslim.PruningConfig, not {type(config).__name__}.")
         if teacher is not None and config.distill is None:
             raise InputError("teacher= does nothing without distill= in the config.")
+        if calibration is not None and not config.units:
+            raise InputError("calibration= does nothing where weights alone are masked.")
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise InputError(f"steps={steps!r}: give the number of optimizer steps, at least 1.")
         self.config, self.optimizer, self.step = config, optimizer, 0
@@ -79,11 +85,13 @@ class Pruner:
         self.units: MaskedUnits | None = None
         self.weights: MaskedWeights | None = None
         self.estimate: Estimate | None = None
+        self.mending: Mending | None = None
         if config.weights is not None:
             self.weights = MaskedWeights(self.model, config)
         if config.units:
             found = fxslim.api.inspect(self.model, example_inputs)
             self.estimate = Estimate(found)
+            self.mending = None if calibration is None else Mending(self.model, found, calibration)
             self.units = MaskedUnits(self.model, found, config)
         self.teaching = None if config.distill is None else Teaching(self.model, config.distill, teacher)
         _forget_compiled(model)
@@ -92,7 +100,8 @@ class Pruner:
     @property
     def notes(self) -> tuple[Note, ...]:
         """Return what was asked for and is not done, with its reason."""
-        return tuple(note for part in self._parts() for note in part.notes)
+        sources = [*self._parts(), *([] if self.mending is None else [self.mending])]
+        return tuple(note for part in sources for note in part.notes)
 
     @property
     def settled(self) -> bool:
@@ -211,8 +220,13 @@ class Pruner:
 
     def _update(self, time: float) -> None:
         change: Callable[[float], float] = lambda last: masked_fraction(self.config.schedule, time, last)  # noqa: E731
+        before = () if self.units is None else self.units.parts()
         for part in self._parts():
             part.update(change)
+        if self.mending is not None and self.units is not None:
+            more = [part for part in self.units.parts() if part not in before]
+            if more:
+                self.units.take(self.mending.tensors(self.model, more))
         self._follow()
 
     def _follow(self) -> None:

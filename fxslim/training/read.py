@@ -133,8 +133,9 @@ def _patches(module: nn.Conv1d | nn.Conv2d, value: Tensor) -> Tensor:
     image = value.float() if value.dtype.itemsize < 4 else value
     if isinstance(module, nn.Conv1d):
         image, padding = image.unsqueeze(2), (0, padding[1])
-    patches: Tensor = functional.unfold(image, kernel, dilation, padding, stride)
-    return patches.unflatten(1, (module.in_channels, -1)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+    patches = functional.unfold(image, kernel, dilation, padding, stride).unflatten(1, (module.in_channels, -1))
+    rows: Tensor = patches.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+    return rows
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -248,6 +248,13 @@ class MaskedUnits:
                 self._clear(own, piece, self.tensors[piece.tensor].data)
 
     @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take other weights, by name."""
+        for name, tensor in tensors.items():
+            own = self.tensors[name]
+            own.data.copy_(agreed(tensor, own.device))
+
+    @torch.no_grad()
     def enforce(self) -> None:
         """Put zeros back into columns that an optimizer has changed: those whose inputs no hook masks."""
         for own, piece in self._columns():
