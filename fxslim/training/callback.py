@@ -97,7 +97,7 @@ class PruningCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None and not args.max_grad_norm:  # clipping would have done it
             scaler.unscale_(optimizer.optimizer)
-        self._running().before_step()
+        self._running().before_step(scale=1.0 if scaler is None else scaler.get_scale())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

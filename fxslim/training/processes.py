@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def averaged(values: Tensor) -> Tensor:
+    """Return the mean over all processes, as data parallelism takes it of gradients."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return values
+    distributed.all_reduce(values)
+    return values / distributed.get_world_size()
+
+
 def agreed(values: Tensor, device: torch.device) -> Tensor:
     """Return what the first process says, in all of them: sums of gradients may round differently elsewhere."""
     distributed = torch.distributed

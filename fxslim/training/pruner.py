@@ -108,12 +108,21 @@ class Pruner:
         """Tell whether the target is reached: masks do not grow any more."""
         return self.finished or (self.step >= self.timeline.end and not (self.weights is not None and self.weights.due))
 
-    def before_step(self) -> None:
-        """Read the step's gradients, and clear those of what is masked."""
+    def before_step(self, *, scale: float = 1.0) -> None:
+        """Read the step's gradients, and clear those of what is masked.
+
+        Gradients are those that the optimizer will use: unscaled, where losses are scaled.
+
+        Args:
+            scale: what losses are scaled by. It matters where weights are frozen and their masks take gradients
+                themselves, which nothing unscales.
+        """
         self._check_open("before_step")
         for part in self._parts():
-            if not self.settled:
-                part.observe()
+            if self.settled:
+                part.rest()
+            else:
+                part.observe(scale)
             part.spare()
 
     def after_step(self) -> None:

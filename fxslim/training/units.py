@@ -20,7 +20,7 @@ from fxslim.training.config import UNITS, PruningConfig
 from fxslim.training.hooks import Hook, MaskedInput
 from fxslim.training.lowest import lowest_of_all
 from fxslim.training.optimizer import forget
-from fxslim.training.processes import agreed
+from fxslim.training.processes import agreed, averaged
 from fxslim.training.scores import SCORES
 
 
@@ -44,17 +44,13 @@ class MaskedSite:
     cost: float
     owners: list[tuple[Slice, Tensor, int]] = field(default_factory=list)
 
-    def sums(self, elements: Callable[[Slice], Tensor | None]) -> Tensor:
-        """Sum something about the weights of every consumer over the units.  (units,)"""
+    def sums(self, rows_of: Callable[[Slice], Tensor | None]) -> Tensor:
+        """Sum something about the rows of every consumer over the units.  (units,)"""
         total = torch.zeros_like(self.score)
         for piece, owner, count in self.owners:
-            values = elements(piece)
-            if values is None:
+            rows = rows_of(piece)
+            if rows is None:
                 continue
-            if piece.lead is None:
-                rows = values.movedim(piece.dim, 0).reshape(piece.size, -1).sum(1)
-            else:
-                rows = values.movedim((piece.lead, piece.dim), (0, 1)).reshape(piece.rows, -1).sum(1)
             own = torch.zeros(count + 1, dtype=total.dtype, device=total.device)
             own = own.index_add(0, owner, rows.to(total))[:count]
             groups = None if piece.groups is None else torch.tensor(piece.groups, device=own.device)
@@ -96,12 +92,16 @@ class MaskedUnits:
             raise RequestError(f"nothing that the config asks for was found. {reasons}")
         self._check_limits()
         self.masks: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
+        """Masks that take gradients themselves, because the weights behind them are frozen."""
         self.handles: list[Any] = []
         for own in self.sites:
             for piece, _, _ in own.owners:
                 if piece.hook is not None and piece.hook not in self.masks:
                     weight = self.tensors[piece.tensor]
-                    self.masks[piece.hook] = torch.ones(piece.size, device=weight.device)
+                    self.masks[piece.hook] = torch.ones(piece.size, dtype=own.score.dtype, device=weight.device)
+                    if self.score.gradients and not weight.requires_grad:
+                        self.leaves[piece.hook] = self.masks[piece.hook].requires_grad_()
                     hook = Hook(MaskedInput(self.masks[piece.hook]))
                     module = model.get_submodule(piece.hook)
                     self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -128,20 +128,26 @@ class MaskedUnits:
                 f"{piece.tensor} is computed at every call (pruned or parametrized), and zeros in it do not last; make "
                 "it permanent first, with torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
             )
-        if self.score.gradients and not weight.requires_grad:
+        if self.score.gradients and not weight.requires_grad and (self.score.of != "mask" or piece.hook is None):
             raise InputError(
                 f"score={self.config.score!r} reads the gradient of {piece.tensor}, which is frozen; train it, leave "
-                "its site out with skip=, or take score='magnitude'."
+                "its site out with skip=, or take score='fisher', 'taylor' or 'magnitude'."
             )
         return weight
 
     # What a step says -------------------------------------------------------------------------------------------------
 
-    def observe(self) -> None:
-        """Take note of the gradients of a step, before the optimizer uses them."""
+    def observe(self, scale: float) -> None:
+        """Take note of the gradients of a step, before the optimizer uses them.
+
+        Args:
+            scale: what gradients of masks are still multiplied by, when those of weights are not any more.
+        """
         if not self.score.gradients:
             return
-        seen = [own.sums(self._elements) for own in self.sites]
+        seen = [own.sums(lambda piece: self._rows(piece, scale)) for own in self.sites]
+        for mask in self.leaves.values():
+            mask.grad = None
         costs = [own.cost if self.score.per_cost else 1 for own in self.sites]
         steps = [self.score.step(one) / cost for one, cost in zip(seen, costs, strict=True)]
         if not bool(torch.stack([step.sum().to(steps[0]) for step in steps]).isfinite().all()):
@@ -149,9 +155,25 @@ class MaskedUnits:
         for own, step in zip(self.sites, steps, strict=True):
             own.score = self.score.after(own.score, step, self.config.decay)
 
-    def _elements(self, piece: Slice) -> Tensor | None:
+    def _rows(self, piece: Slice, scale: float) -> Tensor | None:
+        """Return what a step says of the rows of a consumer.  (rows,)"""
+        if piece.hook in self.leaves:
+            mask = self.leaves[piece.hook]
+            return None if mask.grad is None else averaged(mask.grad * mask.detach()) / scale
         weight = self.tensors[piece.tensor]
-        return None if weight.grad is None else self.score.elements(weight, weight.grad)
+        if weight.grad is None:
+            return None
+        values = self.score.elements(weight, weight.grad)
+        if piece.lead is None:
+            return values.movedim(piece.dim, 0).reshape(piece.size, -1).sum(1)
+        return values.movedim((piece.lead, piece.dim), (0, 1)).reshape(piece.rows, -1).sum(1)
+
+    def rest(self) -> None:
+        """Take no more gradients of masks: they have reached their target."""
+        for mask in self.leaves.values():
+            mask.requires_grad_(False)
+            mask.grad = None
+        self.leaves.clear()
 
     def spare(self) -> None:
         """Clear the gradients of masked columns whose inputs no hook masks."""
@@ -231,6 +253,7 @@ class MaskedUnits:
                     f"{self.config.limits} let {least} to {most} go."
                 )
 
+    @torch.no_grad()
     def _set_masks(self) -> None:
         for own in self.sites:
             for piece, _, _ in own.owners:
@@ -316,7 +339,7 @@ class MaskedUnits:
             own.gone = state[f"units.{own.site.name}.gone"].numpy().astype(bool)
             own.score = state[f"units.{own.site.name}.score"].to(own.score)
         for mask in self.masks.values():
-            mask.fill_(1)
+            mask.data.fill_(1)
         self._set_masks()
 
 

@@ -90,8 +90,8 @@ class MaskedWeights:
 
     # What a step says -------------------------------------------------------------------------------------------------
 
-    def observe(self) -> None:
-        """Take note of the gradients of a step, before the optimizer uses them."""
+    def observe(self, scale: float) -> None:
+        """Take note of the gradients of a step, before the optimizer uses them; they are those of weights alone."""
         if not self.score.gradients or self.asked.lock:
             return
         steps = [self._step(own) for own in self.layers]
@@ -110,6 +110,9 @@ class MaskedWeights:
         size = values.numel() / own.chosen.numel()
         step = self.score.step(self.pattern.summed(values))
         return (step / size if self.score.of != "mask" or self.score.per_cost else step).to(own.score)
+
+    def rest(self) -> None:
+        """Have no masks that take gradients."""
 
     def spare(self) -> None:
         """Clear the gradients of masked weights."""

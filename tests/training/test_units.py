@@ -220,6 +220,50 @@ def tensors_of(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [value for value in output.to_tuple() if isinstance(value, Tensor) and value.requires_grad]
 
 
+class Adapted(nn.Module):
+    """A frozen linear, and two small ones beside it that are trained."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(requires_grad=False)
+        self.a = nn.Linear(base.in_features, 2, bias=False).double()
+        self.b = nn.Linear(2, base.out_features, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.b(self.a(x))
+        return out
+
+
+@pytest.mark.parametrize("score", ["fisher", "taylor", "block_mask"])
+def test_masks_of_frozen_weights_take_gradients_themselves(score: str) -> None:
+    """Adapters beside frozen weights: scores are those of the model in which everything is trained."""
+    model = model_of()
+    model.down = Adapted(model.down)  # type: ignore[assignment]
+    free = copy.deepcopy(model).requires_grad_()
+    pruners = []
+    for own in (model, free):
+        optimizer = torch.optim.SGD([p for name, p in own.named_parameters() if "base" not in name], lr=0.1)
+        pruner = pruner_of(own, score=score, start=0, end=3, schedule="linear")
+        pruner.optimizer = optimizer
+        for step in range(5):
+            own.zero_grad()
+            (loss_of(own, batch(step)) * (16 if own is model else 1)).backward()
+            for parameter in own.parameters():  # as a scaler does
+                if parameter.grad is not None and own is model:
+                    parameter.grad /= 16
+            pruner.before_step(scale=16.0 if own is model else 1.0)
+            optimizer.step()
+            pruner.after_step()
+        pruners.append(pruner)
+    for asked in ("ffn", "heads"):
+        first, second = (site(pruner, asked) for pruner in pruners)
+        assert (first.gone == second.gone).all()
+        assert torch.allclose(first.score, second.score, rtol=1e-9, atol=1e-18)
+        assert first.gone.any()
+    pruners[0].finish()
+    assert {len(part.keep) for part in fxslim.plan(model, batch(0))} == {4, 2}
+
+
 # Scope ----------------------------------------------------------------------------------------------------------------
 
 
@@ -381,8 +425,12 @@ def test_what_cannot_be_masked_is_refused() -> None:
     model = model_of()
     model.down.weight.requires_grad_(requires_grad=False)
     with pytest.raises(InputError, match=r"down\.weight, which is frozen"):
-        pruner_of(model)
+        pruner_of(model, score="snip")
     pruner_of(model, score="magnitude").release()
+    torchs = Torchs()
+    torchs.layer.self_attn.out_proj.weight.requires_grad_(requires_grad=False)
+    with pytest.raises(InputError, match=r"out_proj\.weight, which is frozen"):
+        fxslim.Pruner(torchs, fxslim.PruningConfig(heads=0.5, start=1, end=1), example_inputs=torch.randn(3, 4, 8))
     model = model_of()
     nn.utils.prune.identity(model.down, "weight")
     with pytest.raises(InputError, match=r"down\.weight is computed at every call"):
