@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -79,6 +80,10 @@ class PruningCallback(TrainerCallback):
             teacher=self.teacher,
             calibration=self.calibration,
         )
+        if self.pruner.teaching is not None and (
+            args.bf16 or args.fp16
+        ):  # a Trainer's autocast ends with the model's call
+            self.pruner.teaching.dtype = torch.bfloat16 if args.bf16 else torch.float16
         for note in self.pruner.notes:
             LOG.warning("%s: %s", note.where, note.reason)
         if state.global_step:
@@ -113,8 +118,11 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the masks beside the checkpoint."""
-        if state.is_world_process_zero and self.pruner is not None:
-            self.pruner.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        if args.should_save and self.pruner is not None:
+            place = Path(str(args.output_dir))
+            name = f"checkpoint-{state.global_step}"
+            trials = sorted(place.glob(f"*/{name}"), key=lambda folder: folder.stat().st_mtime)  # of a search
+            self.pruner.save(trials[-1] if trials and not (place / name).exists() else place / name)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add what is masked to what is logged."""

@@ -82,6 +82,8 @@ class WeightMasks:
         lock: mask what is zero at the start, and nothing else.
         lasso: strength of a group lasso over the pattern's blocks: after every step until the schedule's end, their
             norms shrink by learning rate times strength times √size (a proximal step).
+        reduce: what a block's score is of those of its weights: their ``mean``, ``sum`` or ``max``. A score that is the
+            derivative by a block's mask is a sum in itself.
         portions: what an update takes out goes in so many parts, one a step, the smallest weights first.
     """
 
@@ -90,6 +92,7 @@ class WeightMasks:
     kinds: tuple[str, ...] = KINDS
     lock: bool = False
     lasso: float = 0.0
+    reduce: str = "mean"
     portions: int = 1
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class WeightMasks:
             object.__setattr__(self, "fraction", self.fraction if fixed is None else fixed)
         if not _number(self.lasso) or not 0 <= self.lasso < float("inf"):
             raise RequestError(f"lasso={self.lasso!r}: give a strength of at least 0.")
+        _one_of("reduce", self.reduce, ("mean", "sum", "max"))
         _whole("portions", self.portions)
 
 
@@ -172,7 +176,7 @@ class PruningConfig:
             raise RequestError(f"distill={self.distill!r}: give fxslim.Distillation(…), or True.")
         for name, value in own.items():
             object.__setattr__(self, name, value)
-        self.request(1.0)  # checks fractions and round_to
+        self.request()  # checks fractions and round_to
         if not self.units and self.weights is None:
             raise RequestError("say what is to go: ffn=0.8, heads=0.6, or weights=fxslim.WeightMasks(…).")
         _one_of("schedule", self.schedule, tuple(SCHEDULES))
@@ -186,6 +190,8 @@ class PruningConfig:
         if self.decay is not None and not SCORES[self.score].memory:
             raise RequestError(f"decay= does nothing with score={self.score!r}, which has no memory.")
         object.__setattr__(self, "limits", _limits(self.limits, self.scope))
+        if self.weights is not None and self.weights.reduce != "mean" and SCORES[self.score].of == "mask":
+            raise RequestError(f"reduce= does nothing with score={self.score!r}, which is a sum in itself.")
         if self.scope == "global" and self.kv_groups:
             raise RequestError("kv_groups= goes with scope='local': whole groups of other sites do not compare.")
 
@@ -194,15 +200,15 @@ class PruningConfig:
         """Tell whether units of sites are masked."""
         return any(getattr(self, name) for name in UNITS)
 
-    def request(self, share: float | Callable[[float], float]) -> Request:
+    def request(self, change: Callable[[float], float] | None = None) -> Request:
         """Return what is asked of sites.
 
         Args:
-            share: what is done with every fraction: a factor, or a function of it.
+            change: what is asked of them at the end -> what is asked now; None for the end.
         """
-        change = share if callable(share) else lambda fraction: fraction * share
-        fractions = {name: value if share == 1.0 else change(value)
-                     for name in UNITS for value in [getattr(self, name)] if value or share == 1.0}  # fmt: skip
+        fractions = {name: getattr(self, name) for name in UNITS}
+        if change is not None:
+            fractions = {name: change(value) if value else value for name, value in fractions.items()}
         return Request(**fractions, round_to=self.round_to, include=self.include, skip=self.skip)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, MutableMapping
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ class Teaching:
 
     While it is active, the model's outputs in training mode have another loss: its own and what the teacher adds.
 
+    Attributes:
+        dtype: in which the teacher multiplies; None for what is set where the model is called.
+
     Args:
         model: the model that is trained; its outputs hold a loss, and logits under names that end so.
         asked: how much counts what.
@@ -32,7 +37,7 @@ class Teaching:
 
     def __init__(self, model: nn.Module, asked: Distillation, teacher: nn.Module | None = None) -> None:
         self.asked = asked
-        self.given = teacher is not None
+        self.dtype: torch.dtype | None = None
         self.teacher = self.copy_of(model) if teacher is None else teacher
         self.teacher.requires_grad_(requires_grad=False).eval()
         self.handles: list[Any] = [model.register_forward_hook(Hook(self._learn), with_kwargs=True)]
@@ -44,12 +49,14 @@ class Teaching:
         """Return a copy to learn from."""
         return copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return what tells this teacher from others: a digest of its weights' sums."""
-        sums = [
-            f"{name} {tensor.double().sum().item():.9e}" for name, tensor in sorted(self.teacher.named_parameters())
-        ]
-        return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+        """Return what tells this teacher from others: a digest of its weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.teacher.named_parameters(), key=lambda item: item[0]):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def release(self) -> None:
         """Take the hooks off."""
@@ -71,8 +78,10 @@ class Teaching:
                 "label_smoothing_factor and compute_loss_func of a Trainer alone (return_dict must be on)."
             )
         given = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
-        with torch.no_grad():
-            self.teacher.to(output["loss"].device)
+        place = output["loss"].device
+        if next(self.teacher.parameters()).device != place:
+            self.teacher.to(place)
+        with torch.no_grad(), torch.autocast(place.type, self.dtype) if self.dtype else nullcontext():
             dense = self.teacher(*args, **given)
         learnt = loss_from(output, dense, kwargs, self.asked, kind=_problem(module))
         output["loss"] = self.asked.task * output["loss"] + learnt * _share(kwargs)

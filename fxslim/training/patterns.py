@@ -58,6 +58,10 @@ class Pattern:
             return blocks.squeeze(1).sort(dim=-1).values[..., : self.drop].sum(-1)
         return blocks.sum(dim=(1, 3))
 
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the largest of every block.  (out, in) -> (blocks out, blocks in)"""
+        return self._apart(values).amax(dim=(1, 3))
+
     def spread(self, chosen: Tensor, values: Tensor) -> Tensor:
         """Return which weights go when blocks are chosen.
 

@@ -164,6 +164,7 @@ class Pruner:
     def release(self) -> None:
         """Take masks and teacher off the model where it stands; what is masked stays zero until it is trained."""
         for part in self._parts():
+            part.fold()  # an interrupt may have come between a mask and its zeros
             part.release()
         if self.teaching is not None:
             self.teaching.release()
@@ -185,7 +186,7 @@ class Pruner:
         tensors: dict[str, Tensor] = {}
         for part in self._parts():
             tensors |= part.state()
-        teacher = None if self.teaching is None else self.teaching.fingerprint()
+        teacher = None if self.teaching is None else self.teaching.fingerprint
         write(folder, State(self.step, self.timeline, self.config, teacher, tensors))
 
     def load(self, folder: str | PathLike[str]) -> None:
@@ -206,9 +207,9 @@ class Pruner:
         )  # fmt: skip
         if wrong:
             raise InputError(f"{folder} holds the masks of another model: {', '.join(wrong[:3])} differ.")
-        if self.teaching is not None and not self.teaching.given and self.teaching.fingerprint() != state.teacher:
+        if self.teaching is not None and self.teaching.fingerprint != state.teacher:
             raise InputError(
-                "the model is not the dense one any more that distillation began with: give it as teacher=."
+                "the teacher is not the one that distillation began with: give that dense model as teacher=."
             )
         self.step, self.timeline = state.step, state.timeline
         for part in self._parts():

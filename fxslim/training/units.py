@@ -83,7 +83,7 @@ class MaskedUnits:
     def __init__(self, model: nn.Module, found: Inspection, config: PruningConfig) -> None:
         self.config, self.score = config, SCORES[config.score]
         self.tensors: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
-        request = config.request(1.0)
+        request = config.request()
         selected, notes = select(found.sites, request)
         self.sites = [self._site(site, asked) for site in selected if (asked := _asked(site, config)) is not None]
         self.notes: tuple[Note, ...] = (*notes, *unmet(selected, request))

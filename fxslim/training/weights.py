@@ -101,15 +101,18 @@ class MaskedWeights:
             own.score = self.score.after(own.score, step, self.config.decay)
 
     def _step(self, own: MaskedLayer) -> Tensor:
-        """Return what a step says of a layer's blocks: means over their weights, but for the masks' gradients."""
+        """Return what a step says of a layer's blocks."""
         weight = own.layer.weight
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
         values = own.layer.matrix(self.score.elements(weight, gradient))
         if self.pattern.drop:
             return self.score.step(values).to(own.score)
-        size = values.numel() / own.chosen.numel()
+        if self.asked.reduce == "max":
+            return self.pattern.largest(values).to(own.score)
         step = self.score.step(self.pattern.summed(values))
-        return (step / size if self.score.of != "mask" or self.score.per_cost else step).to(own.score)
+        size = values.numel() / own.chosen.numel()
+        mean = self.score.per_cost if self.score.of == "mask" else self.asked.reduce == "mean"
+        return (step / size if mean else step).to(own.score)
 
     def rest(self) -> None:
         """Have no masks that take gradients."""

@@ -31,6 +31,7 @@ from fxslim.training.patterns import pattern_of
         ({"ffn": 0.5, "limits": (0.1, 0.9)}, "scope='global'"),
         ({"ffn": 0.5, "scope": "global", "limits": (0.9, 0.1)}, "limits="),
         ({"kv_groups": 0.5, "scope": "global"}, "kv_groups"),
+        ({"weights": fxslim.WeightMasks(fraction=0.5, reduce="max")}, "a sum in itself"),
         ({"weights": "most"}, "weights='most'"),
         ({"ffn": 0.5, "distill": 2.0}, "distill=2.0"),
         ({"ffn": 0.5, "include": 5}, "globs"),
@@ -55,6 +56,7 @@ def test_wrong_configs(asked: dict[str, Any], says: str) -> None:
         ({"fraction": 0.5, "kinds": ("Linea",)}, "Did you mean Linear"),
         ({"fraction": 0.5, "lasso": -1.0}, "lasso="),
         ({"fraction": 0.5, "portions": 0}, "portions=0"),
+        ({"fraction": 0.5, "reduce": "men"}, "Did you mean mean"),
         ({"fracton": 0.5}, "Did you mean fraction="),
     ],
 )

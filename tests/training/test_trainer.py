@@ -179,9 +179,14 @@ def test_an_early_end_reaches_the_target_with_a_warning(tmp_path: Path) -> None:
     assert {len(part.keep) for part in fxslim.plan(trainer.model)} == {4, 2}
 
 
-@pytest.mark.parametrize("asked", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
-def test_mixed_precision_and_compiled_models(tmp_path: Path, asked: dict[str, Any]) -> None:
-    trainer = trainer_of(tmp_path, fxslim.PruningCallback(fxslim.PruningConfig(**CONFIG)), **asked)
+@pytest.mark.parametrize("distill", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}, {"activation_checkpointing": True}],
+)
+def test_what_trainers_do_to_models(tmp_path: Path, asked: dict[str, Any], distill: bool) -> None:
+    config = fxslim.PruningConfig(**CONFIG, distill=distill)  # type: ignore[arg-type]
+    trainer = trainer_of(tmp_path, fxslim.PruningCallback(config), **asked)
     trainer.train()
     assert {len(part.keep) for part in fxslim.plan(trainer.model)} == {4, 2}
 
@@ -288,7 +293,7 @@ def test_another_teacher_is_noticed(tmp_path: Path) -> None:
     other = build()
     with torch.no_grad():
         other.classifier.weight.mul_(2)
-    with pytest.raises(InputError, match="give it as teacher="):
+    with pytest.raises(InputError, match="give that dense model as teacher="):
         fxslim.Pruner(other, config, steps=10).load(tmp_path)
     fxslim.Pruner(other, config, steps=10, teacher=build()).load(tmp_path)
 

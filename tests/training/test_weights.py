@@ -154,6 +154,26 @@ def test_scores_of_blocks(score: str) -> None:
     assert np.allclose(own.score.numpy(), total[score], rtol=1e-10)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_blocks_of_different_sizes_are_compared_by_what_is_asked(reduce: str) -> None:
+    model = net()
+    weights = matrices(model)
+    masks = fxslim.WeightMasks(fraction=0.5, pattern="channelx1", reduce=reduce)
+    config = fxslim.PruningConfig(weights=masks, scope="global", score="magnitude", start=1, end=1)
+    pruner = fxslim.Pruner(model, config)
+    pruner.before_step()
+    pruner.after_step()
+    scores = [(float(getattr(np.abs(own[:, j]), reduce)()), name, j) for name, own in weights.items()
+              for j in range(own.shape[1])]  # fmt: skip
+    left, expected = sum(own.size for own in weights.values()) // 2, set()
+    for _, name, j in sorted(scores):
+        if len(weights[name]) <= left:
+            expected.add((name, j))
+            left -= len(weights[name])
+    found = {(name, int(j)) for name, own in gone(pruner).items() for j in np.flatnonzero(own.all(0))}
+    assert found == expected
+
+
 def test_one_threshold_over_all_layers() -> None:
     model = net()
     weights = matrices(model)
