@@ -126,7 +126,7 @@ def choose(
     notes.extend(unmet(selected, request))
     if not request.lossless:
         notes.extend(refused)
-    return Choice(tuple(plans), tuple(_merged(notes)))
+    return Choice(tuple(plans), tuple(merged(notes)))
 
 
 def _once(folds: Iterable[Fold], taken: dict[tuple[str, int, str], set[int]]) -> tuple[Fold, ...]:
@@ -378,7 +378,7 @@ def unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
         yield Note(where="value", reason="no attention was found whose value channels can go by themselves")
 
 
-def _merged(notes: list[Note]) -> Iterable[Note]:
+def merged(notes: list[Note]) -> Iterable[Note]:
     """Say the same thing about many sites once."""
     by_reason: dict[str, list[str]] = {}
     for note in notes:

@@ -24,6 +24,11 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
+    @property
+    def inert(self) -> bool:
+        """Tell whether it does nothing, so that a graph may stand for the module."""
+        return self.call is nothing
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (nothing,)
 

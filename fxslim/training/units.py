@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import InputError, RequestError
-from fxslim.passes.choose import FFN, Measured, Request, count_of, measure, pick, rounded, select, unmet
+from fxslim.passes.choose import FFN, Measured, Request, count_of, measure, merged, pick, rounded, select, unmet
 from fxslim.passes.rows import clear
+from fxslim.passes.sites import Sites
 from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
 from fxslim.report import Inspection
 from fxslim.training.config import UNITS, PruningConfig
@@ -86,7 +87,8 @@ class MaskedUnits:
         request = config.request()
         selected, notes = select(found.sites, request)
         self.sites = [self._site(site, asked) for site in selected if (asked := _asked(site, config)) is not None]
-        self.notes: tuple[Note, ...] = (*notes, *unmet(selected, request))
+        every = [*notes, *unmet(selected, request), *self._short(), *_refused(found)]
+        self.notes: tuple[Note, ...] = tuple(merged(every))
         if not self.sites:
             reasons = "; ".join(f"{note.where}: {note.reason}" for note in self.notes)
             raise RequestError(f"nothing that the config asks for was found. {reasons}")
@@ -134,6 +136,18 @@ class MaskedUnits:
                 "its site out with skip=, or take score='fisher', 'taylor' or 'magnitude'."
             )
         return weight
+
+    def _short(self) -> list[Note]:
+        """Return why sites lose nothing in the end, where something is asked of them."""
+        notes = []
+        for own in self.sites if self.config.scope == "local" else ():
+            seen = Measured(own.gone, np.zeros(own.site.units), np.zeros(own.site.group_count), real=True)
+            gone, note = pick(own.site, seen, self.config.request())
+            if gone.any() and not rounded(own.site, gone, seen, self.config.round_to).any():
+                note = f"rounded up to a multiple of {self.config.round_to}, everything stays"
+            if note:
+                notes.append(Note(where=own.site.name, reason=note))
+        return notes
 
     # What a step says -------------------------------------------------------------------------------------------------
 
@@ -341,6 +355,11 @@ class MaskedUnits:
         for mask in self.masks.values():
             mask.data.fill_(1)
         self._set_masks()
+
+
+def _refused(found: Inspection) -> tuple[Note, ...]:
+    assert found.analysis is not None
+    return found.analysis.facts.get(Sites).refused
 
 
 def _only(asked: str, fraction: float) -> Request:

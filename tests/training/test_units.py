@@ -370,6 +370,17 @@ def test_whole_groups_are_masked() -> None:
     assert len(part.keep) == 2 and len({part.site.groups[unit] for unit in part.keep}) == 1  # type: ignore[index]
 
 
+def test_what_will_not_be_done_is_said() -> None:
+    model = model_of()
+    assert {note.reason for note in pruner_of(model, heads=0.3, ffn=0.1).notes} == {
+        "heads=0.3 is less than one head of 3 heads",
+        "ffn=0.1 of 8 channels is less than one",
+    }
+    assert {note.reason for note in pruner_of(model_of(), heads=0.0, round_to=8).notes} == {
+        "rounded up to a multiple of 8, everything stays"
+    }
+
+
 # Copies, ends, refusals -----------------------------------------------------------------------------------------------
 
 
@@ -390,6 +401,43 @@ def test_copies_compute_the_same_and_go_without_masks() -> None:
     gone = site(pruner, "ffn").gone
     assert model.down.weight.grad is not None
     assert model.down.weight.grad[:, gone].count_nonzero() == 0  # the model's own masks are where they were
+
+
+class Switch(nn.Module):
+    """Asks the data which way to go: it cannot be traced as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(model_of() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.blocks if x.sum() > 0 else reversed(self.blocks)  # type: ignore[arg-type]
+        out: Tensor = second(first(x))
+        return out
+
+
+def test_models_traced_in_parts_are_masked_too() -> None:
+    model = Switch().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    config = fxslim.PruningConfig(ffn=0.5, heads=0.4, start=0, end=3, every=1, schedule="linear")
+    pruner = fxslim.Pruner(model, config, example_inputs=batch(0), optimizer=optimizer)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, batch(step)).backward()
+        pruner.before_step()
+        optimizer.step()
+        pruner.after_step()
+        if step == 1:
+            between: Any = fxslim.slim(copy.deepcopy(model), batch(0))
+            assert difference(outputs(model, (batch(7),)), outputs(between, (batch(7),))) < 1e-12
+            assert between.blocks[0].down.in_features == 6
+    figures = pruner.figures()
+    pruner.finish()
+    small: Any = fxslim.slim(model, batch(0))
+    assert [len(part.keep) for part in small.fxslim.plan] == [4, 2, 4, 2]
+    assert small.fxslim.report.parameters_after == figures.parameters
+    for seed in range(4):
+        assert difference(outputs(model, (batch(seed),)), outputs(small, (batch(seed),))) < 1e-12
 
 
 def test_the_end_leaves_a_plain_model_even_after_an_error() -> None:
