@@ -191,6 +191,41 @@ def test_what_trainers_do_to_models(tmp_path: Path, asked: dict[str, Any], disti
     assert {len(part.keep) for part in fxslim.plan(trainer.model)} == {4, 2}
 
 
+class Wrapped:
+    """An optimizer with a scaler, as accelerate hands it to callbacks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
+        self.state, self.param_groups = optimizer.state, optimizer.param_groups
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_scaled_gradients_are_unscaled_once(tmp_path: Path, clips: bool) -> None:
+    """Clipping unscales them before callbacks see them; without it, the callback does."""
+    found = []
+    for scale in (1.0, 1024.0):
+        model = build().eval()
+        callback = fxslim.PruningCallback(fxslim.PruningConfig(**CONFIG, score="taylor"))
+        trainer = trainer_of(tmp_path, callback, model=model, max_grad_norm=1.0 if clips else 0.0)
+        trainer.state.max_steps = 20
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapped = Wrapped(optimizer, torch.amp.GradScaler("cpu", init_scale=scale))
+        given: Any = {"model": model, "optimizer": wrapped}
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, **given)
+        batch = {name: torch.stack([row[name] for row in data(4)]) for name in ("input_ids", "labels")}
+        wrapped.scaler.scale(model(**batch).loss).backward()
+        if clips:
+            wrapped.scaler.unscale_(optimizer)
+        callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
+        wrapped.scaler.step(optimizer)
+        wrapped.scaler.update()
+        callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
+        assert callback.pruner is not None and callback.pruner.units is not None
+        found.append(torch.cat([own.score for own in callback.pruner.units.sites]))
+    assert found[0].count_nonzero() > 0
+    assert torch.allclose(found[0], found[1], rtol=1e-4)
+
+
 # Distillation --------------------------------------------------------------------------------------------------------
 
 

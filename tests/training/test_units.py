@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from typing import Any
 
@@ -392,6 +393,10 @@ def test_copies_compute_the_same_and_go_without_masks() -> None:
     pruner.after_step()
     copied = copy.deepcopy(model)
     assert torch.equal(copied(batch(2)), model(batch(2)))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved, weights_only=False)(batch(2)), model(batch(2)))
     small = fxslim.slim(copied, batch(0))
     narrowed = fxslim.slim(model, batch(0))
     assert difference(outputs(model, (batch(2),)), outputs(small, (batch(2),))) < 1e-12
@@ -450,6 +455,24 @@ def test_the_end_leaves_a_plain_model_even_after_an_error() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(InputError, match="make a new Pruner"):
         pruner.before_step()
+
+
+def test_a_narrowed_model_is_pruned_again() -> None:
+    model: Any = fxslim.slim(model_of(), batch(0), ffn=0.25)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    config = fxslim.PruningConfig(ffn=0.5, heads=0.4, start=0, end=3, every=1)
+    pruner = fxslim.Pruner(model, config, example_inputs=batch(0), optimizer=optimizer)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, batch(step)).backward()
+        pruner.before_step()
+        optimizer.step()
+        pruner.after_step()
+    pruner.finish()
+    small: Any = fxslim.slim(model, batch(0))
+    assert small.down.in_features == 3
+    assert difference(outputs(model, (batch(9),)), outputs(small, (batch(9),))) < 1e-12
+    assert [len(part.keep) for part in small.fxslim.plan] == [3, 2]  # of the dense model's
 
 
 def test_training_that_ends_early_is_finished_with_a_warning() -> None:
