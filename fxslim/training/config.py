@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fxslim.asked import globs, nearest
+from fxslim.asked import Globs, globs, nearest
 from fxslim.errors import RequestError
 from fxslim.passes.choose import Request
 from fxslim.training.patterns import pattern_of
@@ -146,7 +146,7 @@ class PruningConfig:
     heads: float = 0.0
     kv_groups: float = 0.0
     value: float = 0.0
-    weights: WeightMasks | None = None
+    weights: WeightMasks | float | None = None
     schedule: str = "cubic"
     start: float = 0.1
     end: float = 0.7
@@ -156,23 +156,21 @@ class PruningConfig:
     scope: str = "local"
     limits: tuple[float, float] = (0.0, 1.0)
     round_to: int = 1
-    include: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    distill: Distillation | None = None
+    include: Globs = ()
+    skip: Globs = ()
+    distill: Distillation | bool | None = None
 
     def __post_init__(self) -> None:
         own: dict[str, Any] = {"include": globs(self.include), "skip": globs(self.skip)}
-        weights: object = self.weights
-        distill: object = self.distill
-        if isinstance(weights, int | float) and not isinstance(weights, bool):
-            own["weights"] = WeightMasks(fraction=weights)
-        elif weights is not None and not isinstance(weights, WeightMasks):
+        if _number(self.weights):
+            own["weights"] = WeightMasks(fraction=self.weights)  # type: ignore[arg-type]
+        elif self.weights is not None and not isinstance(self.weights, WeightMasks):
             raise RequestError(
                 f"weights={self.weights!r}: give fxslim.WeightMasks(…), or a fraction of single weights."
             )
-        if isinstance(distill, bool):
-            own["distill"] = Distillation() if distill else None
-        elif distill is not None and not isinstance(distill, Distillation):
+        if isinstance(self.distill, bool):
+            own["distill"] = Distillation() if self.distill else None
+        elif self.distill is not None and not isinstance(self.distill, Distillation):
             raise RequestError(f"distill={self.distill!r}: give fxslim.Distillation(…), or True.")
         for name, value in own.items():
             object.__setattr__(self, name, value)
@@ -190,10 +188,22 @@ class PruningConfig:
         if self.decay is not None and not SCORES[self.score].memory:
             raise RequestError(f"decay= does nothing with score={self.score!r}, which has no memory.")
         object.__setattr__(self, "limits", _limits(self.limits, self.scope))
-        if self.weights is not None and self.weights.reduce != "mean" and SCORES[self.score].of == "mask":
+        if self.masks is not None and self.masks.reduce != "mean" and SCORES[self.score].of == "mask":
             raise RequestError(f"reduce= does nothing with score={self.score!r}, which is a sum in itself.")
         if self.scope == "global" and self.kv_groups:
             raise RequestError("kv_groups= goes with scope='local': whole groups of other sites do not compare.")
+
+    @property
+    def masks(self) -> WeightMasks | None:
+        """Return what is masked of the weights."""
+        assert self.weights is None or isinstance(self.weights, WeightMasks)
+        return self.weights
+
+    @property
+    def teaching(self) -> Distillation | None:
+        """Return how to learn from the dense model."""
+        assert self.distill is None or isinstance(self.distill, Distillation)
+        return self.distill
 
     @property
     def units(self) -> bool:
@@ -209,7 +219,7 @@ class PruningConfig:
         fractions = {name: getattr(self, name) for name in UNITS}
         if change is not None:
             fractions = {name: change(value) if value else value for name, value in fractions.items()}
-        return Request(**fractions, round_to=self.round_to, include=self.include, skip=self.skip)
+        return Request(**fractions, round_to=self.round_to, include=globs(self.include), skip=globs(self.skip))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""

@@ -93,7 +93,7 @@ class Pruner:
             self.estimate = Estimate(found)
             self.mending = None if calibration is None else Mending(self.model, found, calibration)
             self.units = MaskedUnits(self.model, found, config)
-        self.teaching = None if config.distill is None else Teaching(self.model, config.distill, teacher)
+        self.teaching = None if config.teaching is None else Teaching(self.model, config.teaching, teacher)
         _forget_compiled(model)
         self._follow()
 

@@ -16,6 +16,7 @@ from fxslim.passes.choose import FFN, Measured, Request, count_of, measure, merg
 from fxslim.passes.rows import clear
 from fxslim.passes.sites import Sites
 from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
+from fxslim.program import named_tensors
 from fxslim.report import Inspection
 from fxslim.training.config import UNITS, PruningConfig
 from fxslim.training.hooks import Hook, MaskedInput
@@ -82,7 +83,7 @@ class MaskedUnits:
     name = "units"
 
     def __init__(self, model: nn.Module, found: Inspection, config: PruningConfig) -> None:
-        self.config, self.score = config, SCORES[config.score]
+        self.model, self.config, self.score = model, config, SCORES[config.score]
         self.tensors: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
         request = config.request()
         selected, notes = select(found.sites, request)
@@ -211,7 +212,7 @@ class MaskedUnits:
         if self.score.gradients:
             scores = {own.site.name: own.score.double().cpu().numpy() for own in self.sites}
         else:
-            scores = {own.site.name: measure(own.site, self.tensors).scores for own in self.sites}
+            scores = {own.site.name: measure(own.site, named_tensors(self.model)).scores for own in self.sites}
             for own in self.sites:
                 own.score = torch.from_numpy(scores[own.site.name]).to(own.score)
         requests = self._shared(change, scores) if self.config.scope == "global" else {}

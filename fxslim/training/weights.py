@@ -58,10 +58,10 @@ class MaskedWeights:
     name = "weights"
 
     def __init__(self, model: nn.Module, config: PruningConfig) -> None:
-        assert config.weights is not None
-        self.config, self.asked, self.score = config, config.weights, SCORES[config.score]
+        assert config.masks is not None
+        self.config, self.asked, self.score = config, config.masks, SCORES[config.score]
         self.pattern: Pattern = pattern_of(self.asked.pattern)
-        found, refused = chosen_layers(model, self.asked, config.include, config.skip)
+        found, refused = chosen_layers(model, self.asked, globs(config.include), globs(config.skip))
         self.notes = tuple(Note(where=path, reason=f"weights are not masked: {reason}") for path, reason in refused)
         if not found:
             reasons = "; ".join(f"{note.where}: {note.reason}" for note in self.notes)
@@ -277,7 +277,7 @@ def chosen_layers(
     """
     every, refused = layers(model, asked.kinds)
     for name, given in (("include", include), ("skip", skip)):
-        for glob in globs(given):
+        for glob in given:
             if not any(matches((layer.path,), glob) for layer in every):
                 raise RequestError(f"{name}={glob!r} matches no layer whose weights can be masked.")
     pattern = pattern_of(asked.pattern)

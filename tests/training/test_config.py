@@ -72,7 +72,7 @@ def test_wrong_distillation(asked: dict[str, Any]) -> None:
 
 
 def test_short_forms() -> None:
-    config = fxslim.PruningConfig(weights=0.8, distill=True, include="a.*", skip=["b", "c"])  # type: ignore[arg-type]
+    config = fxslim.PruningConfig(weights=0.8, distill=True, include="a.*", skip=["b", "c"])
     assert config.weights == fxslim.WeightMasks(fraction=0.8)
     assert config.distill == fxslim.Distillation()
     assert (config.include, config.skip) == (("a.*",), ("b", "c"))
@@ -87,7 +87,7 @@ def test_configs_are_data() -> None:
         scope="global",
         limits=(0.1, 0.9),
         weights=fxslim.WeightMasks(pattern="2:4"),
-        distill=True,  # type: ignore[arg-type]
+        distill=True,
     )
     assert PruningConfig.from_dict(config.to_dict()) == config
 

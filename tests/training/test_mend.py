@@ -68,4 +68,4 @@ def test_calibration_data_is_checked() -> None:
     with pytest.raises(InputError, match="no batch"):
         masked(model, [])
     with pytest.raises(InputError, match="does nothing where weights alone"):
-        fxslim.Pruner(model, fxslim.PruningConfig(weights=0.5, start=1, end=1), calibration=[])  # type: ignore[arg-type]
+        fxslim.Pruner(model, fxslim.PruningConfig(weights=0.5, start=1, end=1), calibration=[])

@@ -85,7 +85,7 @@ class Slims(TrainerCallback):
 @pytest.mark.parametrize("distill", [False, True])
 def test_a_resumed_training_ends_as_the_one_that_went_on(tmp_path: Path, distill: bool) -> None:
     """Same masks, same scores, same weights, bit for bit; also with copies narrowed in between."""
-    config = fxslim.PruningConfig(**CONFIG, distill=distill)  # type: ignore[arg-type]
+    config = fxslim.PruningConfig(**CONFIG, distill=distill)
     first, slims = fxslim.PruningCallback(config), Slims()
     whole = trainer_of(tmp_path, first, slims, gradient_accumulation_steps=2)
     whole.train()
@@ -185,7 +185,7 @@ def test_an_early_end_reaches_the_target_with_a_warning(tmp_path: Path) -> None:
     [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}, {"activation_checkpointing": True}],
 )
 def test_what_trainers_do_to_models(tmp_path: Path, asked: dict[str, Any], distill: bool) -> None:
-    config = fxslim.PruningConfig(**CONFIG, distill=distill)  # type: ignore[arg-type]
+    config = fxslim.PruningConfig(**CONFIG, distill=distill)
     trainer = trainer_of(tmp_path, fxslim.PruningCallback(config), **asked)
     trainer.train()
     assert {len(part.keep) for part in fxslim.plan(trainer.model)} == {4, 2}
@@ -291,7 +291,7 @@ def test_regression_and_several_labels_are_compared_as_such() -> None:
 def test_accumulated_batches_weigh_what_they_hold() -> None:
     """Where the loss is a sum over the items of all accumulated batches, so is what the teacher adds."""
     model = build()
-    pruner = fxslim.Pruner(model, fxslim.PruningConfig(ffn=0.5, start=5, end=6, distill=True))  # type: ignore[arg-type]
+    pruner = fxslim.Pruner(model, fxslim.PruningConfig(ffn=0.5, start=5, end=6, distill=True))
     seen = []
     teacher = pruner.teaching
     assert teacher is not None
@@ -312,7 +312,7 @@ def test_accumulated_batches_weigh_what_they_hold() -> None:
 
 
 def test_what_distillation_cannot_do_is_said(tmp_path: Path) -> None:
-    config = fxslim.PruningConfig(**CONFIG, distill=True)  # type: ignore[arg-type]
+    config = fxslim.PruningConfig(**CONFIG, distill=True)
     with pytest.raises(InputError, match="label_smoothing_factor"):
         trainer_of(tmp_path, fxslim.PruningCallback(config), label_smoothing_factor=0.1).train()
     with pytest.raises(InputError, match="does nothing without distill="):
@@ -323,7 +323,7 @@ def test_what_distillation_cannot_do_is_said(tmp_path: Path) -> None:
 
 
 def test_another_teacher_is_noticed(tmp_path: Path) -> None:
-    config = fxslim.PruningConfig(**CONFIG, distill=True)  # type: ignore[arg-type]
+    config = fxslim.PruningConfig(**CONFIG, distill=True)
     fxslim.Pruner(build(), config, steps=10).save(tmp_path)
     other = build()
     with torch.no_grad():

@@ -204,7 +204,7 @@ def test_limits_of_layers() -> None:
     assert found["up"].mean() == 0.75
     assert found["down"].sum() == 5  # a tenth of 48, rounded up
     assert sum(own.sum() for own in found.values()) == sum(own.size for own in found.values()) // 2
-    config = fxslim.PruningConfig(weights=0.9, scope="global", limits=(0.0, 0.5), start=1, end=1)  # type: ignore[arg-type]
+    config = fxslim.PruningConfig(weights=0.9, scope="global", limits=(0.0, 0.5), start=1, end=1)
     with pytest.raises(RequestError, match="limits="):
         fxslim.Pruner(net(), config)
 
@@ -329,7 +329,7 @@ def test_tied_weights_are_left_alone() -> None:
             self.words, self.inner, self.out = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
             self.out.weight = self.words.weight
 
-    config = fxslim.PruningConfig(weights=0.5, score="magnitude", start=1, end=1)  # type: ignore[arg-type]
+    config = fxslim.PruningConfig(weights=0.5, score="magnitude", start=1, end=1)
     pruner = fxslim.Pruner(Tied(), config)
     assert set(gone(pruner)) == {"inner"}
     assert "that of words as well" in pruner.notes[0].reason
