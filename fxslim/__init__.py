@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from fxslim.hf import from_pretrained, save_pretrained
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
+    from fxslim.training.callback import PruningCallback
+    from fxslim.training.config import Distillation, PruningConfig, WeightMasks
+    from fxslim.training.oneshot import sparsify
+    from fxslim.training.pruner import Pruner
     from fxslim.transcript import Transcript
 
 __version__ = "0.1.0"
@@ -30,17 +34,26 @@ _HOMES = MappingProxyType(
         "FxslimError": "fxslim.errors",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
+        **dict.fromkeys(("Distillation", "PruningConfig", "WeightMasks"), "fxslim.training.config"),
+        "Pruner": "fxslim.training.pruner",
+        "sparsify": "fxslim.training.oneshot",
+        "PruningCallback": "fxslim.training.callback",
         "Transcript": "fxslim.transcript",
     }
 )
 """Public name -> the module that defines it."""
 
 __all__ = [
+    "Distillation",
     "FxslimError",
     "Inspection",
     "Plan",
+    "Pruner",
+    "PruningCallback",
+    "PruningConfig",
     "Report",
     "Transcript",
+    "WeightMasks",
     "__version__",
     "compile",
     "count",
@@ -54,6 +67,7 @@ __all__ = [
     "plan",
     "save_pretrained",
     "slim",
+    "sparsify",
     "speedup",
     "timer",
     "verify",

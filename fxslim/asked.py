@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -109,8 +109,7 @@ def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
     known = Asked.__annotations__
     for name in asked:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}=?" if near else f" There are {', '.join(known)}."
+            hint = nearest(name, tuple(known), "=") or f" There are {', '.join(known)}."
             raise RequestError(f"{name}= means nothing here.{hint}")
     fractions = {name: asked[name] for name in ("ffn", "heads", "kv_groups", "experts", "value") if name in asked}
     request = Request(
@@ -125,15 +124,18 @@ def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
     return _with_data(asked, request, budget, planned=planned)
 
 
+def nearest(name: str, known: Sequence[str], mark: str = "") -> str:
+    """Return a question after the nearest known name, to end an error with; nothing where none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}{mark}?" if near else ""
+
+
 def _with_data(asked: Asked, request: Request, budget: tuple[Target, ...], *, planned: bool) -> Wanted:
     data, method, seed = asked.get("calibration"), asked.get("method"), asked.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise RequestError(f"seed={seed!r}: give a whole number of at least 0.")
     if method is not None and method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
-        raise RequestError(
-            f"method={method!r} is none of {', '.join(METHODS)}.{f' Did you mean {near[0]}?' if near else ''}"
-        )
+        raise RequestError(f"method={method!r} is none of {', '.join(METHODS)}.{nearest(str(method), tuple(METHODS))}")
     for name in ("uniform", "propagate", "swaps"):
         if not isinstance(asked.get(name, True), bool):
             raise RequestError(f"{name}={asked.get(name)!r}: give True or False.")

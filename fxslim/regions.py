@@ -227,7 +227,10 @@ def _refusal(module: nn.Module) -> str | None:
     plain = type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.children())
     if len(matrices) < 2 and plain:
         return TOO_SMALL
-    if any(own._forward_hooks or own._forward_pre_hooks for own in module.modules()) or "forward" in vars(module):
+    hooks = [
+        hook for own in module.modules() for hook in (*own._forward_hooks.values(), *own._forward_pre_hooks.values())
+    ]
+    if not all(getattr(hook, "inert", False) for hook in hooks) or "forward" in vars(module):
         return "it has forward hooks, or a forward that was replaced"
     return None
 

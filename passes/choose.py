@@ -107,7 +107,7 @@ def choose(
         if own is not None:
             seen = dataclasses.replace(seen, zero=seen.zero | (own.gone if request.lossless else own.zero))
         kind = "zero" if own is None or (own.zero == own.gone).all() else "zero or constant"
-        gone, note = _lossless(site, seen.zero, kind) if request.lossless else _requested(site, seen, request)
+        gone, note = _lossless(site, seen.zero, kind) if request.lossless else pick(site, seen, request)
         if own is not None and request.lossless:
             noun = {"attention": "heads", "generic": "units"}.get(site.kind, "channels")
             notes.extend(Note(where=site.name, reason=f"{count} constant {noun} stay: {reason}")
@@ -115,7 +115,7 @@ def choose(
         if note:
             notes.append(Note(where=site.name, reason=note))
         asked = bool(gone.any())
-        gone = _rounded(site, gone, seen, request.round_to)
+        gone = rounded(site, gone, seen, request.round_to)
         if asked and not gone.any():
             multiple = math.lcm(request.round_to, site.multiple)
             notes.append(Note(where=site.name, reason=f"rounded up to a multiple of {multiple}, everything stays"))
@@ -123,10 +123,10 @@ def choose(
             keep = tuple(int(unit) for unit in np.flatnonzero(~gone))
             folds = own.folding(site, gone) if own is not None and request.lossless else ()
             plans.append(SitePlan(site=site, keep=keep, folds=_once(folds, taken)))
-    notes.extend(_unmet(selected, request))
+    notes.extend(unmet(selected, request))
     if not request.lossless:
         notes.extend(refused)
-    return Choice(tuple(plans), tuple(_merged(notes)))
+    return Choice(tuple(plans), tuple(merged(notes)))
 
 
 def _once(folds: Iterable[Fold], taken: dict[tuple[str, int, str], set[int]]) -> tuple[Fold, ...]:
@@ -168,11 +168,13 @@ def select(sites: Sequence[Site], request: Request) -> tuple[list[Site], list[No
 
 def _matches(site: Site, glob: str) -> bool:
     """A glob names a site by its name, its module, a module that holds it, or any module that it touches."""
-    paths = {site.name, site.module, *site.modules()}
-    for path in list(paths):
-        parts = path.split(".")
-        paths.update(".".join(parts[:i]) for i in range(1, len(parts)))
-    return any(fnmatch.fnmatchcase(path, glob) for path in paths)
+    return matches((site.name, site.module, *site.modules()), glob)
+
+
+def matches(paths: Iterable[str], glob: str) -> bool:
+    """Tell whether a glob names one of these paths, or a module that holds one."""
+    every = {".".join(parts[:i]) for parts in (path.split(".") for path in paths) for i in range(1, len(parts) + 1)}
+    return any(fnmatch.fnmatchcase(path, glob) for path in every)
 
 
 @dataclass(frozen=True)
@@ -274,8 +276,17 @@ def _lossless(site: Site, zero: np.ndarray, kind: str) -> tuple[np.ndarray, str]
     return gone, f"{left} {kind} {what} stay: every {each} keeps the same number of {what}" if left else ""
 
 
-def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray, str]:
-    """Take out the asked fraction, zeros first, then by ascending score."""
+def pick(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray, str]:
+    """Take out the asked fraction of a site's units, zeros first, then by ascending score; `rounded` comes after.
+
+    Args:
+        site: the site.
+        seen: what goes first, and the scores of the rest.
+        request: the fractions.
+
+    Returns:
+        Which units go, (units,) bool, and why nothing does, where something was asked for.
+    """
     gone = np.zeros(site.units, dtype=bool)
     zero, scores = seen.zero, seen.scores
     asked = ("ffn", request.ffn) if site.kind in FFN else ("value", request.value) if site.of_values else None
@@ -285,7 +296,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
         name, fraction = asked
         every = units_by_group(site)
         for own in every:
-            gone[_lowest(own, zero, scores)[: _count(fraction, len(own))]] = True
+            gone[_lowest(own, zero, scores)[: count_of(fraction, len(own))]] = True
         short = fraction and not gone.any()
         return gone, f"{name}={fraction} of {len(every[0])} channels is less than one" if short else ""
     if site.kind != "attention":
@@ -294,7 +305,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
     groups = [np.array([unit]) for unit in range(site.units)] if site.groups is None else units_by_group(site)
     if request.kv_groups:
         dead = np.array([zero[members].all() for members in groups])
-        for group in _lowest(np.arange(len(groups)), dead, seen.groups)[: _count(request.kv_groups, len(groups))]:
+        for group in _lowest(np.arange(len(groups)), dead, seen.groups)[: count_of(request.kv_groups, len(groups))]:
             gone[groups[group]] = True
         if not gone.any():
             note = f"kv_groups={request.kv_groups} of {len(groups)} groups is less than one"
@@ -302,7 +313,7 @@ def _requested(site: Site, seen: Measured, request: Request) -> tuple[np.ndarray
         before = gone.copy()
         for members in units_by_group(site):
             left = members[~before[members]]
-            gone[_lowest(left, zero, scores)[: _count(request.heads, len(left))]] = True
+            gone[_lowest(left, zero, scores)[: count_of(request.heads, len(left))]] = True
         if (gone == before).all():
             each = (
                 f" per group of {len(units_by_group(site)[0])}"
@@ -317,16 +328,16 @@ def _experts(site: Site, seen: Measured, fraction: float) -> tuple[np.ndarray, s
     """Take out the asked fraction of the experts of every group, as far as enough are left to select from."""
     gone = np.zeros(site.units, dtype=bool)
     every = units_by_group(site)
-    count = min(_count(fraction, len(every[0])), len(every[0]) - site.least)
+    count = min(count_of(fraction, len(every[0])), len(every[0]) - site.least)
     for own in every:
         gone[_lowest(own, seen.zero, seen.scores)[:count]] = True
     each = "" if site.groups is None else " of every group"
-    if fraction and _count(fraction, len(every[0])) > count:
+    if fraction and count_of(fraction, len(every[0])) > count:
         return gone, f"experts={fraction}: at least {site.least} experts{each} have to stay, as many as are selected"
     return gone, f"experts={fraction} of {len(every[0])} experts is less than one" if fraction and not count else ""
 
 
-def _count(fraction: float, units: int) -> int:
+def count_of(fraction: float, units: int) -> int:
     """Return how many of ``units`` a fraction is: rounded down, but 0.7 of 10 is 7."""
     return min(math.floor(fraction * units + 1e-9), units - 1) if units else 0
 
@@ -336,7 +347,7 @@ def _lowest(units: np.ndarray, zero: np.ndarray, scores: np.ndarray) -> np.ndarr
     return units[np.lexsort((-units, scores[units], ~zero[units]))]
 
 
-def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.ndarray:
+def rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.ndarray:
     """Keep more units until the consumer's kept rows are a multiple, and the site's own is met (or all of them)."""
     if (multiple == 1 and site.multiple == 1) or not gone.any() or site.kind == "experts":
         return gone
@@ -355,7 +366,7 @@ def _rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.
     return kept
 
 
-def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
+def unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
     kinds = {site.kind for site in sites}
     if request.ffn and not kinds & set(FFN):
         yield Note(where="ffn", reason="no feed-forward site was found; fxslim.inspect(model) says why")
@@ -367,7 +378,7 @@ def _unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
         yield Note(where="value", reason="no attention was found whose value channels can go by themselves")
 
 
-def _merged(notes: list[Note]) -> Iterable[Note]:
+def merged(notes: list[Note]) -> Iterable[Note]:
     """Say the same thing about many sites once."""
     by_reason: dict[str, list[str]] = {}
     for note in notes:

@@ -50,11 +50,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"passes"}),
     frozenset({"asked", "api"}),
+    frozenset({"training"}),
     frozenset({"hf", "cli", "demo"}),
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""
 
-TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "exporter"})
+TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "exporter", "callback"})
 """Modules whose subject is transformers: nothing else imports it."""
 
 
@@ -146,9 +147,9 @@ def test_passes_are_imported_as_part_of_the_package() -> None:
 
 def test_every_package_is_installed() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {path.parent for _, path in sources()}
-    packages = {".".join(("fxslim", *folder.relative_to(ROOT).parts)) for folder in folders if folder.name != "fxslim"}
-    assert set(settings["tool"]["setuptools"]["packages"]) == packages | {"fxslim"}
+    places = {path.parent.relative_to(ROOT).parts for _, path in sources()}
+    packages = {".".join(place if place[0] == "fxslim" else ("fxslim", *place)) for place in places}
+    assert set(settings["tool"]["setuptools"]["packages"]) == packages
 
 
 def test_every_package_folder_has_an_init() -> None:

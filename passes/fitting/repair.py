@@ -36,8 +36,8 @@ def repair(
     tick: Callable[[str], None],
     *,
     how: Repair,
-    propagate: bool,
-    swaps: bool,
+    propagate: bool = True,
+    swaps: bool = True,
     seed: int,
 ) -> tuple[tuple[SitePlan, ...], dict[str, Tensor], tuple[Fit, ...]]:
     """Fit what is left of every consumer to what brings its residual stream back to the dense model's.

@@ -1,0 +1,30 @@
+"""What an optimizer remembers of weights that are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def forget(optimizer: Any, parameter: nn.Parameter, clear: Callable[[torch.Tensor], None]) -> None:
+    """Clear part of every tensor of a parameter's state that has the parameter's shape (moments, averages).
+
+    Args:
+        optimizer: a ``torch.optim.Optimizer``, or something that wraps one; None for none.
+        parameter: the parameter.
+        clear: zeroes the part in a tensor, in place.
+    """
+    if optimizer is None:
+        return
+    state = optimizer.state.get(parameter, {})
+    for value in state.values():
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            clear(value)
+
+
+def learning_rates(optimizer: Any) -> dict[int, float]:
+    """Return the learning rate of every parameter, by its identity."""
+    return {id(one): float(group["lr"]) for group in optimizer.param_groups for one in group["params"]}
