@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import nn
 from fxslim.calibration import Calibration
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following
-from fxslim.errors import UnsupportedModelError
+from fxslim.errors import NarrowError, UnsupportedModelError
 from fxslim.inputs import bind
 from fxslim.passes.annotate import Labels
 from fxslim.passes.choose import FFN, Choice, Request, choose, select
@@ -20,6 +20,7 @@ from fxslim.passes.emit import emit
 from fxslim.passes.fitting.budget import Price
 from fxslim.passes.fitting.fit import Recipe, fit
 from fxslim.passes.fitting.latency import Latency
+from fxslim.passes.masking import Masks, masks
 from fxslim.passes.pipelines import Subject, check_plan, cut_of, inspecting, new_plan
 from fxslim.passes.prepare import fingerprint
 from fxslim.passes.rewrite import example_macs_graph, rewrite
@@ -95,7 +96,13 @@ class Calibrate:
         def count(parts: tuple[SitePlan, ...]) -> int:
             return macs(example_macs_graph(program, cut_of(labels, sites, parts))).total
 
-        made = fit(program, reached, self.recipe, self.data, self._price(facts, count), asked,
+        def masking(parts: Sequence[SitePlan]) -> Masks | None:
+            try:
+                return masks(program, labels, cut_of(labels, sites, tuple(parts), masks=True), parts)
+            except NarrowError:
+                return None
+
+        made = fit(program, reached, self.recipe, self.data, self._price(facts, count), asked, masking,
                    fixed=self.plan is not None, progress=self.progress)  # fmt: skip
         notes = (*(() if self.recipe.targets else choice.notes), *made.notes, *_weak(self.recipe, self.data))
         plan = self.plan or new_plan(model, Choice(made.parts, notes), self.request)

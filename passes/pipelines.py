@@ -26,13 +26,14 @@ from fxslim.passes.find import Family, Found, find
 from fxslim.passes.folding.constants import constants
 from fxslim.passes.folding.foldable import still
 from fxslim.passes.lift import lift
+from fxslim.passes.masking import is_apart
 from fxslim.passes.name import Naming, names
 from fxslim.passes.narrow import narrowed_copy
 from fxslim.passes.pad import padded
 from fxslim.passes.paths import Path, paths
 from fxslim.passes.prepare import fingerprint, permanent
 from fxslim.passes.regional import emit_regions, is_regional, leads_as_traced
-from fxslim.passes.rewrite import example_macs_graph, insert_masks, is_apart, rewrite
+from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
 from fxslim.passes.routing import is_routed
 from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices

@@ -16,6 +16,7 @@ from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.folding.fold import fills, folded
+from fxslim.passes.masking import masks
 from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rows import cleared, without
 from fxslim.passes.rules.pointwise import joins
@@ -349,72 +350,48 @@ def _annotate_shape(old: fx.Node, new: fx.Node, cut: Cut) -> None:
         )
 
 
-def is_apart(part: SitePlan) -> bool:
-    """Tell whether a site's rows differ between experts, so that its consumers are masked by their columns."""
-    return any(piece.lead is not None for piece in part.site.slices)
-
-
 def insert_masks(program: Program, labels: Labels, cut: Cut, parts: Sequence[SitePlan] = ()) -> Rewritten:
     """Return the graph with masks on the consumers' inputs instead of anything taken out.
 
     Where the sites' plans fold a constant, the mask is that constant instead of zero. What differs between experts is
     no coordinate of their input: their columns are zeroed.
     """
+    made = masks(program, labels, cut, parts)
     graph, twin = copied(program)
-    tensors = dict(program.tensors)
-    with torch.no_grad():
-        for part in parts:
-            tensors |= cleared(program.tensors, tensors, part) if is_apart(part) else {}
-    masks: dict[bytes, fx.Node] = {}
+    tensors = {**program.tensors, **made.tensors}
+    known: dict[bytes, fx.Node] = {}
     held = _constants(labels, parts)
     first = next(iter(graph.nodes))
 
-    def buffer(name: str, values: torch.Tensor, trailing: int, before: fx.Node) -> fx.Node:
-        """Return a tensor of the graph's own, with axes of size 1 behind."""
-        key = str(values.dtype).encode() + values.numpy().tobytes()
-        if key not in masks:
-            full = f"fxslim_{name}_{len(masks)}"
-            tensors[full] = values
+    def buffer(name: str, values: torch.Tensor, before: fx.Node) -> fx.Node:
+        """Return a tensor of the graph's own, in its shape."""
+        flat = values.reshape(-1)
+        key = str(flat.dtype).encode() + flat.numpy().tobytes()
+        if key not in known:
+            full = f"fxslim_{name}_{len(known)}"
+            tensors[full] = flat
             with graph.inserting_before(first):
-                masks[key] = graph.get_attr(full)
-            masks[key].meta["val"] = values
-        if not trailing:
-            return masks[key]
+                known[key] = graph.get_attr(full)
+            known[key].meta["val"] = flat
+        if values.ndim == 1:
+            return known[key]
         with graph.inserting_before(before):
-            spread = graph.call_function(aten.reshape.default, (masks[key], [-1, *([1] * trailing)]))
-        spread.meta["val"] = values.reshape(-1, *([1] * trailing))
+            spread = graph.call_function(aten.reshape.default, (known[key], list(values.shape)))
+        spread.meta["val"] = values
         return spread
 
-    for use in labels.contracted:
-        gone = torch.from_numpy(cut.removed[labels.components.of[use.labels.numpy()]])
-        if not bool(gone.any()):
-            continue
-        if use.activation is None or use.axis is None:
-            raise NarrowError(f"no place for a mask at {use.node.name} ({operation(use.node)})")
-        new = twin[use.node]
-        value = use.activation.meta["val"]
-        trailing = value.ndim - 1 - use.axis % value.ndim
-        source = next(node for node in new.all_input_nodes if node.name == use.activation.name)
-        mask = buffer("mask", gone, trailing, new)
-        constant = held(use)
-        call: tuple[Any, tuple[Any, ...]] = (aten.masked_fill.Scalar, (source, mask, 0))
+    for mask in (one for own in made.inputs.values() for one in own):
+        new, value = twin[mask.node], mask.source.meta["val"]
+        source = next(node for node in new.all_input_nodes if node.name == mask.source.name)
+        gone = buffer("mask", mask.gone, new)
+        call: tuple[Any, tuple[Any, ...]] = (aten.masked_fill.Scalar, (source, gone, mask.value))
+        constant = held(mask.use) if mask.use is not None else torch.zeros(1)
         if constant.any():
-            call = (aten.where.self, (mask, buffer("constant", constant.to(value.dtype), trailing, new), source))
+            shaped = constant.to(value.dtype).reshape(mask.gone.shape)
+            call = (aten.where.self, (gone, buffer("constant", shaped, new), source))
         with graph.inserting_before(new):
             masked = graph.call_function(*call)
         masked.meta["val"] = value
-        new.replace_input_with(source, masked)
-    for selection in labels.selections:
-        gone = torch.from_numpy(cut.removed[labels.components.of[selection.labels.numpy()]])
-        if not bool(gone.any()):
-            continue
-        new = twin[selection.node]
-        source = next(node for node in new.all_input_nodes if node.name == selection.source.name)
-        mask = buffer("mask", gone.reshape(-1), 0, new)
-        with graph.inserting_before(new):
-            spread = graph.call_function(aten.reshape.default, (mask, list(gone.shape)))
-            masked = graph.call_function(aten.masked_fill.Scalar, (source, spread, float("-inf")))
-        spread.meta["val"], masked.meta["val"] = gone, selection.source.meta["val"]
         new.replace_input_with(source, masked)
     return Rewritten(graph, tensors, twin)
 

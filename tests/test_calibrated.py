@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -18,7 +20,17 @@ from torch.utils.data import DataLoader
 import fxslim
 from fxslim.calibration import calibration
 from fxslim.errors import InputError, PlanError, RequestError
+from fxslim.passes.annotate import Labels
+from fxslim.passes.choose import Choice, Request
 from fxslim.passes.fitting import latency
+from fxslim.passes.fitting.observe import rows_of
+from fxslim.passes.fitting.subjects import subjects_of
+from fxslim.passes.fitting.unseen import expect_unseen, weigh_unseen
+from fxslim.passes.masking import Masks, masks
+from fxslim.passes.pipelines import cut_of, inspecting, new_plan, subject
+from fxslim.passes.sites import Sites
+from fxslim.plan import SitePlan
+from fxslim.program import Program
 from fxslim.timer import Estimate
 
 from agreement import difference, outputs
@@ -197,6 +209,100 @@ def test_a_speed_up_is_met_by_what_is_measured(monkeypatch: pytest.MonkeyPatch, 
     tables = len(counted)
     fxslim.slim(model, calibration=batches[:4], target=fxslim.speedup(1.5, inputs=batches[0]))
     assert len(counted) - tables < tables  # the table was read from disk
+
+
+# Experts -------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mixture() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Return a mixture of experts with a part in the output that can be seen, and batches with padding."""
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+                             "intermediate_size": 12, "num_hidden_layers": 2, "num_local_experts": 5}  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval().double()
+    model.set_experts_implementation("batched_mm")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(2 * drawn / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + drawn / 10)
+    batches = []
+    for _ in range(6):
+        ids, mask = torch.randint(0, 50, (4, 9), generator=generator), torch.ones(4, 9, dtype=torch.int64)
+        mask[1, 6:] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return model, batches
+
+
+EXPERTS = ("mlp:experts", "mlp.experts:gated_ffn")
+
+
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    [
+        (fxslim.macs(0.6), {}),
+        (fxslim.macs(0.6), {"repair": False, "method": "wanda"}),
+        (fxslim.params(0.45), {}),
+        (fxslim.params(0.45), {"uniform": True}),
+    ],
+)
+def test_one_budget_is_over_experts_too(target: Any, asked: dict[str, Any]) -> None:
+    model, batches = mixture()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    small: Any = fxslim.slim(model, calibration=batches, target=target, **asked)
+    report = small.fxslim.report
+    after = report.macs_after / report.macs_before if target.resource == "macs" else share(model, small, "params")
+    assert 0.8 * target.share < after <= target.share
+    fits = [fit for fit in report.fits if fit.site.endswith(EXPERTS)]
+    assert fits and all(fit.how == ("sliced" if asked.get("repair", True) else "") for fit in fits)
+    assert all(fit.damage > 0 or asked.get("uniform") for fit in fits)
+    assert {part.site.name for part in small.fxslim.plan} == {fit.site for fit in report.fits}
+    assert sum("chosen by magnitude, without repair" in note.reason for note in report.not_done) == 4
+    assert report.verification.relative < 1e-10
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_what_is_expected_of_experts_is_the_divergence_of_the_masked_model() -> None:
+    model, batches = mixture()
+    facts = inspecting().run(subject(model, batches[0]))
+    program, labels, sites = facts.get(Program), facts.get(Labels), facts.get(Sites)
+    subjects, _ = subjects_of(program, sites.sites, unseen=True)
+    assert [name.endswith(EXPERTS) for name in subjects.unseen] == [True] * 4
+
+    def masking(parts: Any) -> Masks:
+        return masks(program, labels, cut_of(labels, sites, tuple(parts), masks=True), parts)
+
+    weigh_unseen(program, subjects)
+    data = calibration(model, batches)
+    assert expect_unseen(program, subjects, rows_of(program, data.batches), masking, lambda name: None) == []
+    for name, site in subjects.unseen.items():
+        curve, measured = subjects.curves[name, False], dict(subjects.expected[name, False])
+        assert all(len(step) == (5 if site.groups else 1) for step in curve.steps)
+        assert len(curve.steps) == (11 if site.groups else 3)
+        sizes = [n for n in range(len(curve.steps) + 1) if float(curve.damage[n]) in measured]
+        assert len(sizes) == len(measured) >= 2
+        for steps in sizes:
+            part = SitePlan(site=site, keep=curve.keep(site.units, steps))
+            found = subjects.damage(name, False, steps)
+            assert found == pytest.approx(
+                divergence_of(model, new_plan(model, Choice((part,), ()), Request()), batches)
+            )
+            assert found > 1e-4
+
+
+def divergence_of(model: nn.Module, plan: fxslim.Plan, batches: list[dict[str, Tensor]]) -> float:
+    """Return the mean divergence of the masked model at tokens of every fifth sequence."""
+    rows = [[value[row : row + 1] for value in batch.values()] for batch in batches for row in range(4)]
+    apart: list[Tensor] = []
+    for ids, mask in rows[4::5]:
+        own = {"input_ids": ids, "attention_mask": mask}
+        with torch.no_grad():
+            dense = model(**own).logits.log_softmax(-1)
+            with fxslim.masked(model, plan):
+                other = model(**own).logits.log_softmax(-1)
+        apart.append((dense.exp() * (dense - other)).sum(-1)[mask.bool()])
+    return float(torch.cat(apart).mean())
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from fxslim.passes.fitting.repair import repair
 from fxslim.passes.fitting.sensitivity import sensitivity
 from fxslim.passes.fitting.subjects import Chosen, Subjects, choices, fit_of, parts_of, subjects_of
 from fxslim.passes.fitting.tape import Tape
+from fxslim.passes.fitting.unseen import Masking, expect_unseen, weigh_unseen
+from fxslim.passes.masking import Masks
 from fxslim.passes.methods import WEIGHTS
 from fxslim.plan import Note, Site, SitePlan, units_by_group
 from fxslim.program import Program
@@ -78,6 +80,7 @@ def fit(
     data: Calibration | None,
     price: Price,
     asked: Mapping[str, SitePlan],
+    masking: Masking,
     *,
     fixed: bool = False,
     progress: bool = False,
@@ -91,10 +94,11 @@ def fit(
         data: calibration data; None for methods that look at weights alone.
         price: what a model costs.
         asked: how many units each site is asked to keep (which ones is decided here); unused with targets.
+        masking: makes masks in the place of what goes.
         fixed: whether which ones is decided already.
         progress: whether to show a progress bar.
     """
-    subjects, notes = subjects_of(program, sites)
+    subjects, notes = subjects_of(program, sites, unseen=bool(recipe.targets))
     names = list(subjects.sites)
     repairs = recipe.repair is not None and data is not None
     rows = rows_of(program, data.batches) if data is not None else None
@@ -104,7 +108,7 @@ def fit(
         if rows is not None and (repairs or recipe.method == "obs" or recipe.targets):
             rows = _weighted(program, subjects, rows, recipe.seed)
         if not fixed:
-            _look(program, subjects, recipe, rows, tick)
+            notes = [*notes, *_look(program, subjects, recipe, rows, masking, tick)]
             if recipe.targets:
                 chosen, reached = _by_targets(subjects, recipe, price)
             else:
@@ -116,8 +120,10 @@ def fit(
             fits = tuple(fit_of(subjects, part, chosen) for part in own)
             return Fitted((*own, *others), fits=fits, notes=tuple(notes), reached=reached)
         again = chosen if recipe.method == "obs" else {}
+        aside = [*(mine[name] for name in subjects.unseen if name in mine), *others]
+        masks = masking([part for part in aside if not part.folds]) or Masks()
         parts, tensors, fits = repair(
-            program, subjects, data, rows, mine, again, tick, how=recipe.repair,
+            program, subjects, data, rows, mine, again, tick, masks=masks, how=recipe.repair,
             propagate=recipe.propagate, swaps=recipe.swaps, seed=recipe.seed,
         )  # fmt: skip
     return Fitted((*parts, *others), tensors, fits, tuple(notes), reached)
@@ -125,20 +131,36 @@ def fit(
 
 def _weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Rows:
     """Return rows that count by how much the output depends on them; the sites' metrics are filled in."""
+    if not subjects.seen:
+        return rows
     tape = Tape(program, [batch.inputs for batch in rows.batches], {n: t.detach() for n, t in program.tensors.items()})
     found = sensitivity(tape, [one for own in subjects.reads.values() for one in own], rows, seed=seed)
     subjects.roots = found.roots
     return replace(rows, weights=found.weights)
 
 
-def _look(program: Program, subjects: Subjects, recipe: Recipe, rows: Rows | None, tick: Callable[[str], None]) -> None:
-    """Make the curves of all sites."""
+def _look(
+    program: Program,
+    subjects: Subjects,
+    recipe: Recipe,
+    rows: Rows | None,
+    masking: Masking,
+    tick: Callable[[str], None],
+) -> list[Note]:
+    """Make the curves of all sites; those that cannot be measured where they have to be are left out."""
+    expects = bool(recipe.targets) and not recipe.uniform
+    weigh_unseen(program, subjects)
     if rows is None or (recipe.method in WEIGHTS and (not recipe.targets or recipe.uniform)):
         weigh(program, subjects, recipe.method, recipe.seed)
-        return
-    expects = bool(recipe.targets) and not recipe.uniform
+        return []
     repairs = recipe.repair is not None
     look(program, subjects, recipe.method, rows, tick, repair=repairs, expects=expects, seed=recipe.seed)
+    left = expect_unseen(program, subjects, rows, masking, tick) if expects else []
+    for name in left:
+        del subjects.sites[name], subjects.reads[name]
+    return [
+        Note(where=name, reason="left as it is: it has no place for masks that say what it is worth") for name in left
+    ]
 
 
 def _by_counts(subjects: Subjects, asked: Mapping[str, SitePlan]) -> Chosen:
@@ -169,7 +191,7 @@ def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> tuple[Chose
         own = [Level(False, 0, 0.0, np.zeros(len(resources)))]
         for groups in choices(site):
             curve = subjects.curves[name, groups]
-            sizes = _aligned(subjects, site, curve, groups, recipe.round_to)
+            sizes = _aligned(site, curve, groups, recipe.round_to)
             if not sizes:
                 continue
             most = SitePlan(site=site, keep=curve.keep(site.units, sizes[-1]))
@@ -230,17 +252,18 @@ def _steps(picks: Mapping[str, Level]) -> dict[str, tuple[tuple[bool, int], ...]
     return {name: ((one.groups, one.steps),) for name, one in picks.items() if one.steps}
 
 
-def _aligned(subjects: Subjects, site: Site, curve: Curve, groups: bool, round_to: int) -> list[int]:
+def _aligned(site: Site, curve: Curve, groups: bool, round_to: int) -> list[int]:
     """Return numbers of steps after which kernels like what is left, smallest first, zero left out."""
-    if groups:
+    if groups or site.kind == "experts":
         return list(range(1, len(curve.steps) + 1))
-    consumer = subjects.reads[site.name][0]
-    width = int((consumer.owner == 0).sum()) or 1
-    multiple = round_to if round_to > 1 else 32 if site.units >= 1024 else 8 if site.units >= 128 else 1
+    consumer = next(piece for piece in site.slices if piece.role == "in")
+    width = int((consumer.owners() == 0).sum()) or 1
+    units = site.units // consumer.experts  # sizes are those of one expert
+    multiple = round_to if round_to > 1 else 32 if units >= 1024 else 8 if units >= 128 else 1
     each = len(curve.steps[0]) if curve.steps else 1
 
     def fits(steps: int) -> bool:
-        kept = site.units - steps * each
+        kept = (site.units - steps * each) // consumer.experts
         return kept * width % multiple == 0 and kept % site.multiple == 0
 
     found = [n for n in range(1, len(curve.steps) + 1) if fits(n)] or list(range(1, len(curve.steps) + 1))

@@ -28,8 +28,8 @@ RIDGES = (0.003, 0.03, 0.3)
 
 
 def weigh(program: Program, subjects: Subjects, method: str, seed: int) -> None:
-    """Make curves from weights alone."""
-    for name, site in subjects.sites.items():
+    """Make the curves of sites whose consumers can be seen, from weights alone."""
+    for name, site in subjects.seen.items():
         seen = Seen(site, measure(site, program.tensors).scores, seed=seed)
         for groups in choices(site):
             subjects.curves[name, groups] = METHODS[method](seen, items(site, groups=groups))
@@ -61,11 +61,11 @@ def look(
     inputs = [batch.inputs for batch in rows.batches]
     bent: dict[str, Gradients] = {}
     if method in GRADIENTS:
-        wanted = {name: (site.units, subjects.reads[name]) for name, site in subjects.sites.items()}
+        wanted = {name: (site.units, subjects.reads[name]) for name, site in subjects.seen.items()}
         bent = dict(gradients(Tape(program, inputs, program.tensors), wanted, rows, seed=seed))
     tape = Tape(program, inputs, program.tensors)
     plain = replace(rows, weights={}) if method != "obs" else rows  # as the authors of the other methods have it
-    for name, site in subjects.sites.items():
+    for name, site in subjects.seen.items():
         parts: dict[int | None, list[Read]] = {None: [], 0: [], 1: []}
         for consumer in subjects.reads[name]:
             weight, root = consumer.matrix(program.tensors), subjects.roots.get(consumer.weight)

@@ -20,10 +20,13 @@ from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.fitting.subjects import Chosen, Subjects, fit_of, keep_of
 from fxslim.passes.fitting.swaps import swapped
 from fxslim.passes.fitting.tape import Tape
+from fxslim.passes.masking import Masks
 from fxslim.passes.methods.obs import obs
 from fxslim.plan import SitePlan
 from fxslim.program import Program
 from fxslim.report import Fit
+
+NOTHING = Masks()
 
 
 def repair(
@@ -35,6 +38,7 @@ def repair(
     chosen: Chosen,
     tick: Callable[[str], None],
     *,
+    masks: Masks = NOTHING,
     how: Repair,
     propagate: bool = True,
     swaps: bool = True,
@@ -52,6 +56,7 @@ def repair(
         before: what stays of every site.
         chosen: sites whose units are chosen again, by what the narrowed model reads: how many steps.
         tick: called with every site's name.
+        masks: masks of everything that goes where nothing is fitted.
         how: what may be fitted.
         propagate: whether what is read, and what is to be made up for, is the narrowed model's; the dense model's
             otherwise.
@@ -64,7 +69,7 @@ def repair(
     inputs = [batch.inputs for batch in data.batches]
     tensors: dict[str, Tensor] = dict(program.tensors)
     dense = Tape(program, inputs, program.tensors)
-    mine = Tape(program, inputs, tensors) if propagate else Tape(program, inputs, program.tensors)
+    mine = Tape(program, inputs, tensors, masks) if propagate else Tape(program, inputs, program.tensors)
     parts: list[SitePlan] = []
     fits: list[Fit] = []
     changed: dict[str, Tensor] = {}
@@ -77,7 +82,7 @@ def repair(
             changed.update(refit_norm(norm, mine, dense, rows))
             tensors.update(changed)
 
-    for name, site in subjects.sites.items():
+    for name, site in subjects.seen.items():
         tick(name)
         if name not in before:
             continue
@@ -114,6 +119,11 @@ def repair(
         parts.append(part)
         fits.append(report)
     scale(len(mine.nodes))
+    for name in subjects.unseen:
+        tick(name)
+        if name in before:
+            parts.append(before[name])
+            fits.append(replace(fit_of(subjects, before[name], chosen), how="sliced"))
     return tuple(parts), changed, tuple(fits)
 
 

@@ -65,8 +65,8 @@ def sensitivity(tape: Tape, consumers: Sequence[Consumer], rows: Rows, *, seed: 
             norms[node].append(own.square().sum(1).sqrt())
             square = (own.T @ own if full else own.square().sum(0)).double()
             squares[consumer.weight] = squares.get(consumer.weight, torch.zeros_like(square)) + square
-    scale = float(_shared(whole).clamp_min(1e-300))
-    roots = {name: _root(_shared(square) / scale) for name, square in squares.items()}
+    scale = float(shared(whole).clamp_min(1e-300))
+    roots = {name: _root(shared(square) / scale) for name, square in squares.items()}
     return Sensitivity(_weights(norms, called, rows), roots)
 
 
@@ -106,7 +106,7 @@ def _weights(
         for batch, own in enumerate(norms):
             counts, _ = rows.of(node, batch, len(own), own.device)
             sizes += torch.tensor([float(own.double().sum()), float(counts.sum())], dtype=torch.float64)
-        sizes = _shared(sizes)
+        sizes = shared(sizes)
         mean = float(sizes[0] / sizes[1].clamp_min(1.0))
         if mean > 0 and mean < float("inf"):
             made[node] = tuple((own / mean).clamp_min(FLOOR) for own in norms)
@@ -123,7 +123,7 @@ def _root(square: Tensor) -> Tensor:
     return root
 
 
-def _shared(total: Tensor) -> Tensor:
+def shared(total: Tensor) -> Tensor:
     """Add up over the processes of ``torch.distributed``, where there are any."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)

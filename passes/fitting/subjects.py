@@ -26,7 +26,7 @@ class Subjects:
 
     Attributes:
         sites: site name -> site.
-        reads: site name -> its consumers.
+        reads: site name -> its consumers; none where they cannot be seen.
         makes: site name -> its producers.
         curves: (site name, whole groups) -> curve.
         roots: weight of a consumer -> root of the metric in which its errors count, where that is known.
@@ -40,36 +40,49 @@ class Subjects:
     roots: Mapping[str, Tensor] = field(default_factory=dict)
     expected: dict[tuple[str, bool], list[tuple[float, float]]] = field(default_factory=dict)
 
+    @property
+    def seen(self) -> dict[str, Site]:
+        """Return the sites whose consumers can be seen."""
+        return {name: site for name, site in self.sites.items() if self.reads[name]}
+
+    @property
+    def unseen(self) -> dict[str, Site]:
+        """Return the others: nothing is fitted there."""
+        return {name: site for name, site in self.sites.items() if not self.reads[name]}
+
     def damage(self, name: str, groups: bool, steps: int) -> float:
         """Return the expected damage to the output: a power law between a few sizes, through the curve's error."""
         error = float(self.curves[name, groups].damage[steps])
         if steps == 0:
             return 0.0
-        known = [(e, d) for e, d in self.expected.get((name, groups), ()) if e > 0 and d > 0]
+        measured = self.expected.get((name, groups), ())
+        known = [(e, d) for e, d in measured if e > 0 and d > 0]
         if not known:
-            return error
+            return 0.0 if measured else error
         xs, ys = np.log([e for e, _ in known]), np.log([d for _, d in known])
         x = math.log(max(error, 1e-12))
         inside = float(np.interp(x, xs, ys))
         return math.exp(inside + min(x - xs[0], 0.0) + max(x - xs[-1], 0.0))
 
 
-def subjects_of(program: Program, sites: Sequence[Site]) -> tuple[Subjects, list[Note]]:
-    """Return the sites whose consumers can be seen, in the order of execution."""
+def subjects_of(program: Program, sites: Sequence[Site], *, unseen: bool = False) -> tuple[Subjects, list[Note]]:
+    """Return the sites whose consumers can be seen, in the order of execution; all others behind them, if wanted."""
     views = Views(program)
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     found: list[tuple[int, Site, tuple[Consumer, ...]]] = []
+    others: list[Site] = []
     notes: list[Note] = []
     for site in sites:
         own = "experts that are routed to" if site.kind == "experts" else consumers(program, views, site)
         if isinstance(own, str):
             notes.append(Note(where=site.name, reason=f"chosen by magnitude, without repair: {own}"))
+            others += [site] if unseen else []
         else:
             found.append((min(order[call.node] for one in own for call in one.calls), site, own))
     found.sort(key=lambda item: item[0])
     names = Subjects(
-        {site.name: site for _, site, _ in found},
-        {site.name: own for _, site, own in found},
+        {site.name: site for site in (*(site for _, site, _ in found), *others)},
+        {site.name: own for _, site, own in found} | {site.name: () for site in others},
         {site.name: producers(program, views, site) for _, site, _ in found},
     )
     return names, notes

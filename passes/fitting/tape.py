@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxslim.passes.annotate import ASSERTIONS, operation
 from fxslim.passes.emit import Caller, specs
+from fxslim.passes.masking import Masks
 from fxslim.program import Program
 
 Intercept = Callable[[fx.Node, torch.Tensor], torch.Tensor]
@@ -26,12 +27,17 @@ class Tape:
         program: the program; not one of regions.
         batches: keyword inputs, each with the structure of the traced example.
         tensors: canonical tensor name -> tensor; read when an operation is run, so that it may change on the way.
+        masks: what is masked; their tensors come before the others.
     """
 
     def __init__(
-        self, program: Program, batches: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
+        self,
+        program: Program,
+        batches: Sequence[Mapping[str, Any]],
+        tensors: Mapping[str, torch.Tensor],
+        masks: Masks | None = None,
     ) -> None:
-        self.program, self.tensors = program, tensors
+        self.program, self.tensors, self.masks = program, tensors, masks or Masks()
         self.caller = Caller(program.call, specs(program), "the model", program.ranges)
         self.nodes = [n for n in _needed(program.graph) if n.op != "placeholder"]
         self.values: list[dict[fx.Node, Any]] = [self._inputs(batch) for batch in batches]
@@ -42,16 +48,27 @@ class Tape:
             last = max((self._place[user] for user in node.users if user in self._place), default=-1)
             self._ends.setdefault(last, []).append(node)
 
-    def fork(self) -> Tape:
-        """Return a second tape at the same place; running one leaves the other where it is."""
+    def fork(self, masks: Masks | None = None) -> Tape:
+        """Return a second tape at the same place, with other masks if any; running one leaves the other where it is."""
         other = object.__new__(Tape)
         other.__dict__.update(self.__dict__)
+        other.masks = masks or self.masks
         other.values = [dict(values) for values in self.values]
         return other
 
     def place(self, node: fx.Node) -> int:
         """Return a node's place in the order of execution."""
         return self._place[node]
+
+    def meets(self, masks: Masks) -> fx.Node:
+        """Return the first operation that reads anything that is masked."""
+
+        def masked(node: fx.Node) -> bool:
+            return node in masks.inputs or any(
+                self.program.tensor_name(a) in masks.tensors for a in node.all_input_nodes
+            )
+
+        return next((node for node in self.nodes if masked(node)), self.nodes[-1])
 
     @torch.no_grad()
     def advance(self, until: fx.Node) -> None:
@@ -117,9 +134,14 @@ class Tape:
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         name = self.program.tensor_name(node)
-        return values[node] if name is None or node in values else self.tensors[name]
+        if name is None or node in values:
+            return values[node]
+        return self.masks.tensors[name] if name in self.masks.tensors else self.tensors[name]
 
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        for mask in self.masks.inputs.get(node, ()):
+            held = self._value(mask.source, values)
+            values = {**values, mask.source: held.masked_fill(mask.gone.to(held.device), mask.value)}
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, values))
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
