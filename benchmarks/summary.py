@@ -158,8 +158,7 @@ def table(head: str, methods: Iterable[str], rows: Sequence[Row], of: Value, dig
     """Lay the rows of one task out: methods by budgets, the mean over seeds and their standard deviation."""
     made = curves(rows, of)
     budgets = sorted({budget for own in made.values() for budget in own}, reverse=True)
-    dense = next((f" (dense {of(row):.{digits}f})" for row in rows if row.method == DENSE and of is score), "")
-    lines = _lines(f"{head}{dense}", [f"{budget:.0%} of MACs" for budget in budgets])
+    lines = _lines(head, [f"{budget:.0%} of MACs" for budget in budgets])
     for method in methods:
         if method in made:
             cells = [_cell(made[method].get(budget), digits) for budget in budgets]
@@ -243,7 +242,8 @@ def report(rows: Sequence[Row], methods: Sequence[str]) -> tuple[list[str], dict
         draws = len({row.seed for row in own})
         over = f"mean and deviation over at most {draws} draw{'s' if draws > 1 else ''}"
         text += [f"{task.name}: calibrated on {task.data}, without labels; {over}.", ""]
-        text += [*table(f"{task.name}, {task.label}", methods, own, score, 2), ""]
+        dense = next((f" (dense {row.score:.2f})" for row in own if row.method == DENSE), "")
+        text += [*table(f"{task.name}, {task.label}{dense}", methods, own, score, 2), ""]
         text += [*table(f"{task.name}, {task.divergence}, lower is better", methods, own, divergence, 4), ""]
         text += [*table(f"{task.name}, seconds", methods, own, seconds, 0), ""]
     text += ["## Orders", "", "What theory and the literature predict; means over the seeds that both rows have.", ""]
