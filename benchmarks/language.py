@@ -26,7 +26,7 @@ SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "max_position_embeddings": LENGTH,
+    "max_position_embeddings": 2 * LENGTH,
 }
 
 

@@ -5,6 +5,7 @@
 prunes it, and writes ``benchmarks/results/quality.{json,md}`` and a plot of each task. ``PATH`` holds
 ``stsb/{train,test}.csv``, ``sst2/{train,dev}.tsv`` and ``wikitext2/{valid,test}.txt``. With ``--only-tables`` nothing
 is measured: tables and plots are written from ``--rows``.
+Plots need the extra ``bench``, the row of Torch-Pruning the extra ``peers``.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def measure(task: Any, method: str, budget: float, seed: int) -> Row:
         small, macs = peers.torch_pruning(task.model, calibration[0], budget)
     else:
         small = fxslim.slim(task.model, calibration=calibration, target=fxslim.macs(budget), seed=seed, **ROWS[method])
-        found = small.fxslim.report  # type: ignore[union-attr]
+        found = small.fxslim.report
         macs = found.macs_after / found.macs_before
     seconds = time.perf_counter() - started
     score, divergence = task.score(small)

@@ -219,6 +219,12 @@ def test_the_language_task_goes_through_a_pruning_method(tmp_path: Path, monkeyp
     assert made.score > 1.0 and made.divergence > 0.0
 
 
+def test_what_tables_say_of_the_data_is_what_is_drawn() -> None:
+    said = {task.key: task.data for task in TASKS}
+    assert said["stsb"].startswith(f"{quality.SENTENCES} ") and said["sst2"].startswith(f"{quality.SENTENCES} ")
+    assert said["wikitext"] == f"{language.SEQUENCES} sequences of {LENGTH} bytes"
+
+
 def test_the_budgets_of_the_language_task_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = tiny(tmp_path, monkeypatch)
     assert quality.wanted(task, None, ["obs"], 1) == [("obs", 0.8), ("obs", 0.65), ("obs", 0.5)]
