@@ -217,7 +217,7 @@ def orders_table(head: str, rows: Sequence[Row], of: Value, lower: bool, digits:
         edge = f"{1 - WIDER[w.order]:.0%}"
         where = f"more than {edge} removed" if w.order == "b" else f"{edge} removed and more"
         if w.low is None or w.high is None:
-            lines.append(f"({w.order}) gain with {where}: not measured.")
+            lines.append(f"({w.order}) gain with {where} against less: not measured.")
         else:
             verdict = "larger, holds" if w.holds else "not larger, does not hold"
             lines.append(f"({w.order}) mean gain with {where}: {w.high:.{digits}f}, "
@@ -270,6 +270,7 @@ def plot(rows: Sequence[Row], methods: Sequence[str], folder: Path) -> list[Path
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     written = []
     for task in TASKS:
@@ -284,13 +285,16 @@ def plot(rows: Sequence[Row], methods: Sequence[str], folder: Path) -> list[Path
             points = sorted(made.get(method, {}).items())
             if points:
                 axes.errorbar([b * 100 for b, _ in points], [mean for _, (mean, _) in points],
-                              yerr=[spread or 0.0 for _, (_, spread) in points],
+                              yerr=[float("nan") if spread is None else spread for _, (_, spread) in points],
                               marker="o", markersize=4, capsize=3, linewidth=1.2, label=method)  # fmt: skip
         for row in own:
             if row.method == DENSE:
                 axes.axhline(row.score, color="black", linestyle=":", linewidth=1, label=DENSE)
         if task.lower:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.set_xticks(sorted({budget * 100 for line in made.values() for budget in line}))
         axes.invert_xaxis()
         axes.set(title=task.name, xlabel="% of MACs kept", ylabel=task.label)
         axes.grid(alpha=0.3)

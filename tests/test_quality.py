@@ -96,7 +96,7 @@ def test_the_table_of_orders_says_what_holds_and_what_was_not_measured() -> None
     assert "| (a) magnitude < wanda | not measured | 71.0, 70.0: does not hold |" in lines
     assert "| (e) obs, uniform < obs | 81.2, 81.5: holds | 79.0, 80.0: holds |" in lines
     assert "| (f) obs, no swaps <= obs | not measured | 80.0, 80.0: holds |" in lines
-    assert "(b) gain with more than 60% removed: not measured." in lines
+    assert "(b) gain with more than 60% removed against less: not measured." in lines
     assert "(e) mean gain with 40% removed and more: 1.0, with less 0.2: larger, holds." in lines
 
 
