@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,35 +22,39 @@ def missing() -> str | None:
 def torch_pruning(model: nn.Module, inputs: Mapping[str, Tensor], budget: float) -> tuple[nn.Module, float]:
     """Prune FFN channels and heads of a BERT encoder, the same fraction in every layer, to a part of its MACs.
 
-    The fraction of channels is bisected, that of heads follows it in whole heads; what the residual stream holds stays.
-    Returns the model and its part of the MACs: the largest that was found within the budget. All of this is done on
-    one sequence of the inputs, because the part does not depend on how many there are.
+    The fraction of both is bisected; then heads stay, and as many channels come back as the budget allows. What the
+    residual stream holds stays. Returns the model and its part of the MACs, found on one sequence of the inputs,
+    because it does not depend on how many there are.
     """
     inputs = {name: value[:1] for name, value in inputs.items()}
     whole = macs_of(model, **inputs)
+
+    def measured(channels: float, heads: float) -> tuple[nn.Module, float]:
+        small = _pruned(model, inputs, channels, heads)
+        return small, macs_of(small, **inputs) / whole
+
+    both = _smallest(lambda ratio: measured(ratio, ratio)[1] <= budget)
+    channels = _smallest(lambda ratio: measured(ratio, both)[1] <= budget)
+    return measured(channels, both)
+
+
+def _smallest(fits: Callable[[float], bool], steps: int = 9) -> float:
+    """Return the smallest ratio that fits, to one part in ``2 ** steps``."""
     low, high = 0.0, 1.0
-    best: tuple[nn.Module, float] | None = None
-    while high - low > 1 / 512:
+    for _ in range(steps):
         ratio = (low + high) / 2
-        small = _pruned(model, inputs, ratio)
-        macs = macs_of(small, **inputs) / whole
-        if macs > budget:
-            low = ratio
-            continue
-        high = ratio
-        if best is None or macs > best[1]:
-            best = small, macs
-    if best is None:
-        raise ValueError(f"no ratio leaves {budget:.0%} of the MACs")
-    return best
+        low, high = (low, ratio) if fits(ratio) else (ratio, high)
+    if high == 1.0:
+        raise ValueError("no ratio leaves that few MACs")
+    return high
 
 
-def _pruned(model: nn.Module, inputs: dict[str, Tensor], ratio: float) -> nn.Module:
+def _pruned(model: nn.Module, inputs: dict[str, Tensor], channels: float, heads: float) -> nn.Module:
     import torch_pruning as tp
 
     small: Any = copy.deepcopy(model)
     layers = small.encoder.layer
-    heads = {
+    projections = {
         linear: layer.attention.self.num_attention_heads
         for layer in layers
         for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value)
@@ -61,10 +65,10 @@ def _pruned(model: nn.Module, inputs: dict[str, Tensor], ratio: float) -> nn.Mod
         small,
         inputs,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=ratio,
-        head_pruning_ratio=ratio,
+        pruning_ratio=channels,
+        head_pruning_ratio=heads,
         ignored_layers=stays,
-        num_heads=heads,
+        num_heads=projections,
         out_channel_groups={},
         in_channel_groups={},
         prune_num_heads=True,

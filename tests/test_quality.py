@@ -159,6 +159,21 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert quality.wanted(task, [0.5], ["obs", peers.TORCH_PRUNING], 1) == [("obs", 0.5)]
 
 
+def test_a_peer_prunes_channels_and_heads_within_the_budget() -> None:
+    pytest.importorskip("torch_pruning")
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, vocab_size=50)
+    inputs = {"input_ids": torch.arange(24).view(2, 12)}
+    model = BertModel(config).eval()
+    small, macs = peers.torch_pruning(model, inputs, 0.6)
+    assert 0.57 < macs <= 0.6
+    assert small(**inputs).last_hidden_state.shape == (2, 12, 32)
+    own: Any = small.encoder
+    assert all(layer.intermediate.dense.out_features < 64 for layer in own.layer)
+    assert all(layer.attention.self.query.out_features in (8, 16, 24) for layer in own.layer)
+
+
 def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, keep: Path | None = None) -> Language:
     """Return the language task on a repeated sentence, with a model of two narrow layers."""
     (folder / "wikitext2").mkdir(exist_ok=True)
