@@ -246,7 +246,12 @@ def report(rows: Sequence[Row], methods: Sequence[str]) -> tuple[list[str], dict
         text += [*table(f"{task.name}, {task.label}{dense}", methods, own, score, 2), ""]
         text += [*table(f"{task.name}, {task.divergence}, lower is better", methods, own, divergence, 4), ""]
         text += [*table(f"{task.name}, seconds", methods, own, seconds, 0), ""]
-    text += ["## Orders", "", "What theory and the literature predict; means over the seeds that both rows have.", ""]
+    text += [
+        "## Orders",
+        "",
+        "What theory and the literature predict: in each pair the second method is better (<), or at",
+    ]
+    text += ["least as good (<=), whichever way the score runs. Means over the seeds that both rows have.", ""]
     text += [f"* ({name}) {meaning}" for name, meaning in MEANING.items()] + [""]
     for task in measured:
         own = [row for row in rows if row.task == task.name]
