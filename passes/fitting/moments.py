@@ -22,6 +22,7 @@ class Moments:
         xx: mean of ``x xᵀ``.  (in, in)
         xt: mean of ``x tᵀ``.  (in, out)
         tt: mean of ``|t|²``.
+        variance: of the inputs, centred or not.  (in,)
     """
 
     count: int
@@ -30,6 +31,7 @@ class Moments:
     xx: Tensor
     xt: Tensor
     tt: float
+    variance: Tensor
 
     def error(self, matrix: Tensor, keep: Tensor) -> float:
         """Return the mean squared error of ``x[keep] @ matrix``, relative to the targets'.  matrix: (kept, out)"""
@@ -94,11 +96,12 @@ class Sums:
         x, t = self.x[parts].sum(0) / n, self.t[parts].sum(0) / n
         xx, xt = self.xx[parts].sum(0).double() / n, self.xt[parts].sum(0).double() / n
         tt = float(self.tt[parts].sum()) / n
+        variance = (xx.diagonal() - x.square()).clamp_min(0.0)
         if centred:
             xx, xt, tt = xx - torch.outer(x, x), xt - torch.outer(x, t), tt - float(t @ t)
         else:
             x, t = torch.zeros_like(x), torch.zeros_like(t)
-        return Moments(int(self.count[parts].sum()), x, t, xx, xt, tt)
+        return Moments(int(self.count[parts].sum()), x, t, xx, xt, tt, variance)
 
 
 def _wide(rows: Tensor) -> Tensor:

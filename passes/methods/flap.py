@@ -12,6 +12,5 @@ def flap(seen: Seen, items: Items) -> Curve:
     """Score ``sum over a unit's inputs j of Var(x_j) |W_j|²`` (An et al. 2023, equation 5)."""
     scores = np.zeros(seen.site.units)
     for read in seen.reads:
-        fluctuation = read.moments.xx.diagonal().clamp_min(0)
-        scores += seen.by_unit((fluctuation * read.weight.square().sum(1)).cpu().numpy(), read)
+        scores += seen.by_unit((read.moments.variance * read.weight.square().sum(1)).cpu().numpy(), read)
     return by_scores(items, scores)
