@@ -66,7 +66,9 @@ def look(
     tape = Tape(program, inputs, program.tensors)
     plain = replace(rows, weights={}) if method != "obs" else rows  # as the authors of the other methods have it
     for name, site in subjects.seen.items():
-        every, fitting, judging = [], [], []
+        every: list[Read] = []
+        fitting: list[Read] = []
+        judging: list[Read] = []
         for consumer in subjects.reads[name]:
             weight, root = consumer.matrix(program.tensors), subjects.roots.get(consumer.weight)
             seen_sums = sums(tape, consumer, plain, None, 0)
@@ -79,8 +81,8 @@ def look(
         seen = Seen(site, measure(site, program.tensors).scores, tuple(every), slopes.first, slopes.second, seed)
         for groups in choices(site):
             subjects.curves[name, groups] = curve = METHODS[method](seen, items(site, groups=groups))
-            for part in PARTS if expects else ():
-                steps = round(part * len(curve.steps))
+            for share in PARTS if expects else ():
+                steps = round(share * len(curve.steps))
                 if steps:
                     keep = curve.keep(site.units, steps)
                     damage = sum(_damage(*two, keep, repair=repair) for two in zip(fitting, judging, strict=True))
