@@ -194,7 +194,9 @@ SCORES = {
 @pytest.mark.parametrize("method", SCORES)
 def test_scores_are_what_their_papers_say(method: str, centred: bool) -> None:
     x, weight, t = data(3)
-    seen = seen_of(x, weight, t, 3, centred=centred, slope=np.arange(UNITS)[::-1] * 1.0, bend=(np.arange(UNITS) - 3.5) ** 2)
+    seen = seen_of(
+        x, weight, t, 3, centred=centred, slope=np.arange(UNITS)[::-1] * 1.0, bend=(np.arange(UNITS) - 3.5) ** 2
+    )
     expected = by_scores(free(3), SCORES[method](x, weight))
     found = METHODS[method](seen, free(3))
     assert found.steps == expected.steps
