@@ -169,7 +169,7 @@ def slim(
             given = model.analysis  # the model may have changed in a way that an Inspection cannot see
             return slim(given.model, given.example_inputs, plan=plan, inplace=inplace, progress=progress,
                         observer=observer, **asked)  # fmt: skip
-    if want.recipe is not None and want.recipe.uniform:
+    if "uniform" in record.plan.requested:
         record = _expressed(small, record, known.get(Program).call.example)
     if inplace:
         settle(dense)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def calibration(model: nn.Module, given: Any, *, max_tokens: int | None = None, 
         model: the model that it is for.
         given: an iterable of batches: dicts of keyword inputs, tuples of positional ones, or tensors (a ``DataLoader``,
             a list, a generator); or a dataset, whose rows are put into batches of 32 and padded. Labels are optional.
-        max_tokens: use no more tokens than this, drawn from all batches.
+        max_tokens: use no more tokens than this, drawn from all batches; the first ones of what has no length.
         seed: of that draw.
 
     Raises:
@@ -74,13 +74,26 @@ def calibration(model: nn.Module, given: Any, *, max_tokens: int | None = None, 
     """
     if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
         raise InputError(f"max_tokens={max_tokens!r}: give a whole number of at least 1.")
-    batches = [_batch(model, item) for item in _items(given, model)]
+    batches = _read(model, given, MAX_TOKENS if max_tokens is None else max_tokens)
     if not batches:
         raise InputError("calibration= holds no batch; give an iterable of batches, such as a DataLoader.")
     chosen = _drawn(batches, MAX_TOKENS if max_tokens is None else max_tokens, seed)
     if not any(batch.tokens for batch in chosen):
         raise InputError("calibration= holds padding alone: every attention_mask is zero.")
     return Calibration(tuple(chosen), dict(max(chosen, key=_rank).inputs))
+
+
+def _read(model: nn.Module, given: Any, tokens: int) -> list[Batch]:
+    """Read batches: all of them, so that some can be drawn, or as many as are used of what has no end."""
+    batches: list[Batch] = []
+    for number, item in enumerate(_items(given, model)):
+        try:
+            batches.append(_batch(model, item))
+        except InputError as error:
+            raise InputError(f"calibration batch {number}: {error}") from error
+        if not isinstance(given, Sized) and sum(batch.tokens for batch in batches) > tokens:
+            break
+    return batches
 
 
 def _items(given: Any, model: nn.Module) -> Iterator[Any]:
@@ -131,7 +144,15 @@ def _batch(model: nn.Module, item: Any) -> Batch:
     if isinstance(item, Mapping):
         labels = {name: item[name] for name in LABELS if isinstance(item.get(name), torch.Tensor)}
         item = {name: value for name, value in item.items() if name not in LABELS}
+    if "labels" in labels and "decoder_input_ids" not in item:
+        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # as the model does it for its loss
+        item = {**item, "decoder_input_ids": shifted(labels=labels["labels"])} if callable(shifted) else item
     (inputs,) = bind(model, item)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.ndim and not value.shape[0]:
+            raise InputError(f"{name} holds no rows.")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputError(f"{name} holds NaN or infinite values.")
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs = {name: value.to(place) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     return Batch(inputs, {name: value.to(place) for name, value in labels.items()}, _tokens(inputs))

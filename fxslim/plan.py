@@ -417,8 +417,7 @@ class Plan(Frozen):
         requested: what was asked for.
         notes: what was asked for and not done, with its reason.
         weights_changed: whether repaired weights are part of the result; always False without repair.
-        config: path of a config field -> its old and its new value, where the narrowed model's config says its sizes;
-            empty where none could.
+        config: path of a config field -> its old and its new value, where the narrowed model's config says its sizes.
     """
 
     schema_version: Literal[1] = 1
@@ -503,7 +502,7 @@ class Plan(Frozen):
                 "requested": {**self.requested, **other.requested},
                 "notes": (*self.notes, *other.notes),
                 "weights_changed": self.weights_changed or other.weights_changed,
-                "config": {} if self.sites and not other.config else _joined_fields(self.config, other.config),
+                "config": _joined_fields(self.config, other.config),
             }
         )
 

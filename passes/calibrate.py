@@ -142,6 +142,7 @@ class Calibrate:
 def requested(recipe: Recipe) -> dict[str, str | tuple[str, ...]]:
     """Return what was asked of the choice, for the plan."""
     asked: dict[str, str | tuple[str, ...]] = {"method": recipe.method}
+    asked |= {"uniform": "yes"} if recipe.uniform else {}
     return asked | ({"target": tuple(map(str, recipe.targets))} if recipe.targets else {})
 
 

@@ -25,8 +25,8 @@ Fields = dict[str, tuple[int, int]]
 def express(small: nn.Module, plan: Plan, inputs: Mapping[str, Any]) -> Fields | None:
     """Return the changes of the config from which a model of the same class has the sizes of a narrowed one.
 
-    Whole numbers of the config that equal an old size are tried, most of them first. What is found is built, given the
-    narrowed weights, and must compute the same.
+    Whole numbers of the config that equal an old size, and on which shapes of the tensors depend, are tried, few
+    before many. What is found is built, given the narrowed weights, and must compute the same.
 
     Args:
         small: a narrowed model that was built from ``small.config``; it is not changed.
@@ -40,10 +40,17 @@ def express(small: nn.Module, plan: Plan, inputs: Mapping[str, Any]) -> Fields |
     if config is None or not hasattr(config, "to_dict"):
         return None
     sizes = _sizes(plan)
-    found = [(path, old, new) for path, old in _integers(config) for new in sorted(sizes.get(old, ()))]
+    old = with_fields(config, {path: before for path, (before, _) in plan.config.items()})
+    dense = _shapes(type(small), old)
+    found = [
+        (path, value, new)
+        for path, value in _integers(old)
+        for new in sorted(sizes.get(value, set()) - {value})
+        if _shapes(type(small), with_fields(old, {path: new})) != dense  # others say something else
+    ]
     wanted = {name: tensor.shape for name, tensor in small.state_dict().items()}
     for fields in itertools.islice(_subsets(found), TRIES):
-        changed = with_fields(config, {path: new for path, (_, new) in fields.items()})
+        changed = with_fields(old, {path: new for path, (_, new) in fields.items()})
         if _shapes(type(small), changed) == wanted and _same(small, type(small), changed, inputs):
             return fields
     return None
@@ -94,20 +101,24 @@ def _integers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _subsets(found: list[tuple[str, int, int]]) -> Iterator[Fields]:
-    """Return sets of changes, at most one of each field, largest first; what keeps its value is no change."""
-    changes = [(path, old, new) for path, old, new in found if old != new]
-    for size in range(len({path for path, _, _ in changes}), 0, -1):
-        for chosen in itertools.combinations(changes, size):
+    """Return sets of changes, at most one of each field, smallest first."""
+    for size in range(1, len({path for path, _, _ in found}) + 1):
+        for chosen in itertools.combinations(found, size):
             if len({path for path, _, _ in chosen}) == size:
                 yield {path: (old, new) for path, old, new in chosen}
 
 
 def _shapes(kind: type[nn.Module], config: Any) -> dict[str, torch.Size] | None:
     """Return the shapes of a model's tensors, or None where it cannot be built."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
+        if callable(validate := getattr(config, "validate", None)):
+            validate()  # what could not be saved is no answer
         with torch.device("meta"):
             return {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
-    except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, ZeroDivisionError):
+    except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, ZeroDivisionError,
+            StrictDataclassError):  # fmt: skip
         return None  # sizes that do not go together
 
 
@@ -115,7 +126,11 @@ def _same(small: nn.Module, kind: type[nn.Module], config: Any, inputs: Mapping[
     """Tell whether a model that is built from a config computes the same with the same weights."""
     with torch.random.fork_rng():
         plain: Any = kind(config)
-    plain.to(next(small.parameters())).load_state_dict(small.state_dict())
+    dtypes = {p.dtype for p in small.parameters() if p.is_floating_point()}
+    if len(dtypes) == 1:  # parameters alone: some buffers stay in float32
+        for parameter in plain.parameters():
+            parameter.data = parameter.data.to(*dtypes)
+    plain.to(next(small.parameters()).device).load_state_dict(small.state_dict())
     training = small.training
     small.eval()
     plain.eval()

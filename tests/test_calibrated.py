@@ -535,3 +535,120 @@ def test_half_precision_is_calibrated_in_single() -> None:
         wanted = model.float()(**batches[5])[0]
         errors = [float((one(**batches[5])[0].float() - wanted).norm() / wanted.norm()) for one in (small, plain)]
     assert errors[0] < errors[1]  # chosen and fitted on data: closer than by magnitude
+
+
+# Data and models that give little -------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Two blocks with a norm each, and an output of one's choice."""
+
+    def __init__(self, out: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(16, 32) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(32, 16) for _ in range(2))
+        self.out = out
+
+    def forward(self, x: Tensor) -> Any:
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            x = x + down(nn.functional.gelu(up(norm(x))))
+        if self.out == "argmax":
+            return x.argmax(-1)
+        if self.out == "infinite":
+            return x.masked_fill(x > 1, -torch.inf)
+        return x.detach() if self.out == "detach" else x
+
+
+@pytest.mark.parametrize("out", ["argmax", "detach", "infinite"])
+def test_outputs_without_a_gradient_count_all_tokens_alike(out: str) -> None:
+    model = Small(out).double()
+    x = [torch.randn(8, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(4)]
+    small: Any = fxslim.slim(model, x[0], calibration=x, target=fxslim.params(0.8))
+    assert any("count alike" in note.reason for note in small.fxslim.plan.notes)
+    with pytest.raises(InputError, match="gradients"):
+        fxslim.slim(model, x[0], calibration=x, ffn=0.5, method="fisher")
+
+
+def test_calibration_works_in_inference_mode() -> None:
+    model = Small().double()
+    x = [torch.randn(8, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(4)]
+    plain: Any = fxslim.slim(model, x[0], calibration=x, ffn=0.5)
+    with torch.inference_mode():
+        small: Any = fxslim.slim(model, x[0], calibration=x, ffn=0.5)
+    assert small.fxslim.plan.sites == plain.fxslim.plan.sites
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_data_that_never_varies_changes_no_factor_of_a_norm(scale: float) -> None:
+    model = Small().double()
+    row = torch.randn(1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = (scale * row).expand(12, 5, 16).clone()
+    small: Any = fxslim.slim(model, x, calibration=[x], ffn=0.5)
+    for mine, theirs in zip(small.norms, model.norms, strict=True):
+        torch.testing.assert_close(mine.weight, theirs.weight, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        assert float((small(x) - model(x)).norm() / model(x).norm()) < 1e-6  # one input: its output can be kept
+
+
+@pytest.mark.parametrize(("batch", "match"), [
+    (lambda: torch.full((4, 5, 16), torch.nan), "batch 1: x holds NaN"),
+    (lambda: torch.zeros(0, 5, 16), "batch 1: x holds no rows"),
+])  # fmt: skip
+def test_bad_batches_are_named(batch: Any, match: str) -> None:
+    x = torch.randn(8, 5, 16)
+    with pytest.raises(InputError, match=match):
+        fxslim.slim(Small(), x, calibration=[x, batch()], ffn=0.5)
+
+
+def test_what_has_no_end_is_read_as_far_as_it_is_used() -> None:
+    x = torch.randn(8, 5, 16)
+    read = 0
+
+    def endless() -> Iterator[Tensor]:
+        nonlocal read
+        while True:
+            read += 1
+            yield x
+
+    fxslim.slim(Small(), x, calibration=endless(), max_tokens=24, ffn=0.5)
+    assert read == 4
+
+
+def test_a_bias_that_something_else_reads_is_not_fitted() -> None:
+    class Tied(Small):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) + self.down[0].bias
+
+    model = Tied().double()
+    x = [torch.randn(8, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(4)]
+    small: Any = fxslim.slim(model, x[0], calibration=x, ffn=0.5)
+    assert torch.equal(small.down[0].bias, model.down[0].bias)
+    assert any("is read by" in note.reason for note in small.fxslim.plan.notes)
+
+
+def test_config_fields_that_no_shape_depends_on_stay_as_they_are(tmp_path: Path) -> None:
+    """Windows, token ids and lengths that happen to equal an old size."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64, pad_token_id=4,
+        num_hidden_layers=2, vocab_size=99, sliding_window=32, max_position_embeddings=64, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).double().eval()
+    batches = [{"input_ids": torch.randint(5, 99, (4, 12))} for _ in range(6)]
+    small: Any = fxslim.slim(model, calibration=batches, target=fxslim.macs(0.6), uniform=True)
+    assert set(small.fxslim.plan.config) <= {"intermediate_size", "num_attention_heads", "num_key_value_heads"}
+    assert "intermediate_size" in small.fxslim.plan.config
+    small.save_pretrained(tmp_path)
+    plain = MistralForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids = torch.randint(5, 99, (2, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, small(input_ids=ids).logits, rtol=1e-9, atol=1e-9)
+    again: Any = fxslim.slim(small, ffn=0.5)
+    fxslim.save_pretrained(again, tmp_path / "again")
+    loaded = fxslim.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, again(input_ids=ids).logits)

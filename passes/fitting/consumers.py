@@ -81,7 +81,7 @@ def consumers(program: Program, views: Views, site: Site) -> tuple[Consumer, ...
         calls = [view for view in views.linears.values() if view.weight == piece.tensor and view.in_dim == piece.dim]
         if not calls:
             return f"{piece.tensor} is not used as one matrix"
-        reason = _misfit(program, piece, calls) or _read_elsewhere(program, piece, calls)
+        reason = _misfit(program, piece, calls) or _read_elsewhere(program, calls, piece.tensor, calls[0].bias)
         if reason:
             return reason
         before = next((one for one in found if one.weight == piece.tensor and one.dim == piece.dim), None)
@@ -106,7 +106,7 @@ def producers(program: Program, views: Views, site: Site) -> tuple[Consumer, ...
         shape, dim = program.tensors[piece.tensor].shape, calls[0].in_dim
         widths = {shape_of(view.input)[_axis(view.node)] for view in calls}
         whole = widths == {shape[dim]} and all(view.in_dim == dim for view in calls)
-        if whole and len(shape) == 2 and not _read_elsewhere(program, piece, calls):
+        if whole and len(shape) == 2 and not _read_elsewhere(program, calls, piece.tensor, calls[0].bias):
             read = tuple(Call(view.node, view.input, _axis(view.node), None) for view in calls)
             found[piece.tensor] = Consumer(piece.tensor, calls[0].bias, dim, np.full(shape[dim], -1), read)
     return tuple(found.values())
@@ -123,17 +123,19 @@ def _misfit(program: Program, piece: Slice, calls: Sequence[LinearView]) -> str:
     return ""
 
 
-def _read_elsewhere(program: Program, piece: Slice, calls: Sequence[LinearView]) -> str:
-    """Say whether anything but these calls reads the tensor: tied weights cannot be fitted for one of their uses."""
+def _read_elsewhere(program: Program, calls: Sequence[LinearView], *names: str | None) -> str:
+    """Say whether anything but these calls reads a tensor: tied ones cannot be fitted for one of their uses."""
     products = {view.node for view in calls}
-    pending = [n for n in program.graph.find_nodes(op="placeholder") if program.tensor_name(n) == piece.tensor]
-    while pending:
-        for user in pending.pop().users:
-            if user in products:
-                continue
-            if name_of(user) not in COPIES | TRANSPOSES | RESHAPES:
-                return f"{piece.tensor} is read by {user.target} as well"
-            pending.append(user)
+    for name in names:
+        placeholders = program.graph.find_nodes(op="placeholder")
+        pending = [n for n in placeholders if name is not None and program.tensor_name(n) == name]
+        while pending:
+            for user in pending.pop().users:
+                if user in products:
+                    continue
+                if name_of(user) not in COPIES | TRANSPOSES | RESHAPES:
+                    return f"{name} is read by {user.target} as well"
+                pending.append(user)
     return ""
 
 

@@ -107,6 +107,9 @@ def fit(
         reached: tuple[Reached, ...] = ()
         if rows is not None and (repairs or recipe.method == "obs" or recipe.targets):
             rows = _weighted(program, subjects, rows, recipe.seed)
+            if subjects.seen and not rows.weights:
+                reason = "all tokens and directions count alike: the model's output has no gradient"
+                notes = [*notes, Note(where="calibration", reason=reason)]
         if not fixed:
             notes = [*notes, *_look(program, subjects, recipe, rows, masking, tick)]
             if recipe.targets:

@@ -37,7 +37,7 @@ class Moments:
         """Return the mean squared error of ``x[keep] @ matrix``, relative to the targets'.  matrix: (kept, out)"""
         inner = self.xx[keep][:, keep]
         found = self.tt - 2 * (matrix * self.xt[keep]).sum() + (matrix * (inner @ matrix)).sum()
-        return float(found) / max(self.tt, 1e-300)
+        return max(float(found), 0.0) / max(self.tt, 1e-30)
 
 
 class Sums:

@@ -81,20 +81,24 @@ def refit_norm(norm: Norm, mine: Tape, dense: Tape, rows: Rows) -> dict[str, Ten
         torch.distributed.all_reduce(total)
     weight = mine.tensors[norm.weight]
     bias = mine.tensors[norm.bias] if norm.bias is not None else None
-    found = _line(total[0], centred=bias is not None)
-    old = weight.detach().double(), torch.zeros_like(found[1]) if bias is None else bias.detach().double()
+    old = weight.detach().double(), torch.zeros_like(weight).double() if bias is None else bias.detach().double()
+    found = _line(total[0], old[0], centred=bias is not None)
     if not bool(_error(total[1], *found).sum() < _error(total[1], *old).sum()):
         return {}
-    slope, shift = _line(total.sum(0), centred=bias is not None)
+    slope, shift = _line(total.sum(0), old[0], centred=bias is not None)
     return {norm.weight: slope.to(weight)} | ({str(norm.bias): shift.to(bias)} if bias is not None else {})
 
 
-def _line(total: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
-    """Return slope and shift of the best line for each channel.  (6, channels) -> (channels,), (channels,)"""
+def _line(total: Tensor, old: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Return slope and shift of the best line for each channel; the old slope where nothing varies.
+
+    (6, channels), (channels,) -> (channels,), (channels,)
+    """
     n, z, y, zz, zy, _ = total / total[0].clamp_min(1.0)
+    ridge = 1e-6 * zz.mean().clamp_min(1e-12)
     if not centred:
-        return zy / zz.clamp_min(1e-12), torch.zeros_like(z)
-    slope = (zy - z * y) / (zz - z * z).clamp_min(1e-12)
+        return (zy + ridge * old) / (zz + ridge), torch.zeros_like(z)
+    slope = (zy - z * y + ridge * old) / ((zz - z * z).clamp_min(0.0) + ridge)
     return slope, (y - slope * z) * n.clamp(0, 1)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxslim.calibration import Batch
+from fxslim.errors import InputError
 from fxslim.passes.fitting.consumers import Call, Consumer
 from fxslim.passes.fitting.moments import Sums
 from fxslim.passes.fitting.outputs import draw_of, loss
@@ -123,6 +124,8 @@ def sums(
             weights = rows.weights[call.node][batch][counts] if call.node in rows.weights else None
             total.add(x[counts], t[counts], judged, weights)
     total.share()
+    if not all(bool(own.isfinite().all()) for own in (total.xx, total.xt)):
+        raise InputError(f"what {consumer.weight} reads is NaN or infinite on some calibration batch; take it out.")
     return total
 
 
@@ -179,7 +182,9 @@ def gradients(
 
         with torch.enable_grad():
             output = tape.finish(batch, masked, read)
-            own_loss = loss(output, rows.mask(list(tape.nodes)[-1], batch), given.labels, draw_of(given.inputs, seed))
+            own_loss = _of_gradient(
+                loss(output, rows.mask(list(tape.nodes)[-1], batch), given.labels, draw_of(given.inputs, seed))
+            )
             found = torch.autograd.grad(own_loss, list(masks.values()), allow_unused=True)
         for name, gradient in zip(masks, found, strict=True):
             if gradient is not None:
@@ -191,6 +196,14 @@ def gradients(
             torch.distributed.all_reduce(tensor)
     for name in reads:
         yield name, Gradients((first[name] / count).numpy(), (second[name] / count).numpy())
+
+
+def _of_gradient(own: Tensor) -> Tensor:
+    if not own.requires_grad or not own.isfinite():
+        raise InputError(
+            "methods that score by gradients need finite outputs that have one; take method='obs' or 'wanda'."
+        )
+    return own
 
 
 def _masked(value: Tensor, mask: Tensor, consumer: Consumer, axis: int) -> Tensor:

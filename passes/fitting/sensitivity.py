@@ -55,7 +55,10 @@ def sensitivity(tape: Tape, consumers: Sequence[Consumer], rows: Rows, *, seed: 
     squares: dict[str, Tensor] = {}
     whole = torch.zeros(1, dtype=torch.float64)
     for batch, given in enumerate(rows.batches):
-        found, of = _gradients(tape, called, rows, batch, draw_of(given.inputs, seed))
+        made = _gradients(tape, called, rows, batch, draw_of(given.inputs, seed))
+        if made is None:
+            return Sensitivity()
+        found, of = made
         whole += of
         for node, gradient in found.items():
             consumer, call = called[node]
@@ -77,8 +80,12 @@ def _outputs(tape: Tape, consumer: Consumer) -> int:
 
 def _gradients(
     tape: Tape, called: Mapping[fx.Node, tuple[Consumer, Call]], rows: Rows, batch: int, generator: torch.Generator
-) -> tuple[dict[fx.Node, Tensor], float]:
-    """Return the gradient of one batch's loss by the value of every call, and the size of its output."""
+) -> tuple[dict[fx.Node, Tensor], float] | None:
+    """Return the gradient of one batch's loss by the value of every call, and the size of its output.
+
+    None where the output has no gradient: it holds no finite floating-point numbers, is detached, or an operation has
+    none.
+    """
     added: dict[fx.Node, Tensor] = {}
 
     def after(node: fx.Node, value: Tensor) -> Tensor:
@@ -87,11 +94,19 @@ def _gradients(
         added[node] = torch.zeros_like(value, requires_grad=True)
         return value + added[node]
 
-    with torch.enable_grad():
+    held = [*tape.tensors.values(), *(v for v in tape.values[batch].values() if isinstance(v, Tensor))]
+    if any(tensor.is_inference() for tensor in held):
+        return None
+    with torch.inference_mode(False), torch.enable_grad():
         output = tape.finish(batch, after=after)
         mask = rows.mask(tape.nodes[-1], batch)
         total = loss(output, mask, rows.batches[batch].labels, generator)
-        found = torch.autograd.grad(total, list(added.values()), allow_unused=True)
+        if not total.requires_grad or not total.isfinite():
+            return None
+        try:
+            found = torch.autograd.grad(total, list(added.values()), allow_unused=True)
+        except NotImplementedError:
+            return None
     pairs = zip(added, found, strict=True)
     return {node: torch.zeros_like(added[node]) if g is None else g for node, g in pairs}, size(output, mask)
 
