@@ -139,7 +139,7 @@ class Sentiment:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model: nn.Module = AutoModelForSequenceClassification.from_pretrained(model).eval()
+        self.model: nn.Module = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
         self.train = [text for _, text in self._rows(data / "sst2" / "train.tsv")]
         dev = list(self._rows(data / "sst2" / "dev.tsv"))
         self.labels = torch.tensor([int(label) for label, _ in dev])

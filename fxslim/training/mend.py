@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxslim.calibration import calibration
 from fxslim.errors import UnsupportedModelError
+from fxslim.passes.fitting.fit import weighted
 from fxslim.passes.fitting.observe import rows_of
 from fxslim.passes.fitting.repair import repair
 from fxslim.passes.fitting.subjects import subjects_of
@@ -57,7 +58,7 @@ class Mending:
         subjects, _ = subjects_of(program, [part.site for part in parts])
         kept = {part.site.name: part for part in parts}
         with torch.random.fork_rng(), torch.no_grad():
-            rows = rows_of(program, self.data.batches)
+            rows = weighted(program, subjects, rows_of(program, self.data.batches), seed=0)
             return repair(program, subjects, self.data, rows, kept, {}, _quiet, how="refit", seed=0)[1]
 
 

@@ -106,7 +106,7 @@ def fit(
         chosen: Chosen = {}
         reached: tuple[Reached, ...] = ()
         if rows is not None and (repairs or recipe.method == "obs" or recipe.targets):
-            rows = _weighted(program, subjects, rows, recipe.seed)
+            rows = weighted(program, subjects, rows, recipe.seed)
             if subjects.seen and not rows.weights:
                 reason = "all tokens and directions count alike: the model's output has no gradient"
                 notes = [*notes, Note(where="calibration", reason=reason)]
@@ -132,7 +132,7 @@ def fit(
     return Fitted((*parts, *others), tensors, fits, tuple(notes), reached)
 
 
-def _weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Rows:
+def weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Rows:
     """Return rows that count by how much the output depends on them; the sites' metrics are filled in."""
     if not subjects.seen:
         return rows
