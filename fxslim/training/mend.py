@@ -59,7 +59,7 @@ class Mending:
         kept = {part.site.name: part for part in parts}
         with torch.random.fork_rng(), torch.no_grad():
             rows = weighted(program, subjects, rows_of(program, self.data.batches), seed=0)
-            return repair(program, subjects, self.data, rows, kept, {}, _quiet, how="refit", seed=0)[1]
+            return repair(program, subjects, rows, kept, {}, _quiet, how="refit", seed=0)[1]
 
 
 def _quiet(site: str) -> None:

@@ -131,12 +131,6 @@ class Price:
         within = self.latency.estimate(parts).half_width
         return Reached(str(target), UNITS["time"], 1 / limit, 1 / max(predicted, 1e-9), 1 / now, within)
 
-    def holds(self, wanted: Sequence[Target], parts: Sequence[SitePlan]) -> bool:
-        """Tell whether site plans are within every limit."""
-        return all(
-            self.of(one.resource, parts) <= one.limit(self.of(one.resource, ())) * (1 + _slack(one)) for one in wanted
-        )
-
 
 def _sizes(program: Program, parts: Sequence[SitePlan]) -> Mapping[str, int]:
     """Return the number of elements of every tensor that is the model's, after site plans."""

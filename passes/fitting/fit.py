@@ -100,8 +100,8 @@ def fit(
     """
     subjects, notes = subjects_of(program, sites, unseen=bool(recipe.targets))
     names = list(subjects.sites)
-    repairs = recipe.repair is not None and data is not None
     rows = rows_of(program, data.batches) if data is not None else None
+    repairs = recipe.repair is not None and rows is not None
     with _bar(len(names) * (1 - fixed + repairs), visible=progress) as tick:
         chosen: Chosen = {}
         reached: tuple[Reached, ...] = ()
@@ -118,7 +118,7 @@ def fit(
                 chosen = _by_counts(subjects, asked)
         mine = dict(asked) if fixed else {part.site.name: part for part in parts_of(subjects, chosen)}
         others = tuple(part for name, part in asked.items() if name not in subjects.sites and not recipe.targets)
-        if recipe.repair is None or data is None or rows is None:
+        if recipe.repair is None or rows is None:
             own = [mine[name] for name in names if name in mine]
             fits = tuple(fit_of(subjects, part, chosen) for part in own)
             return Fitted((*own, *others), fits=fits, notes=tuple(notes), reached=reached)
@@ -126,7 +126,7 @@ def fit(
         aside = [*(mine[name] for name in subjects.unseen if name in mine), *others]
         masks = masking([part for part in aside if not part.folds]) or Masks()
         parts, tensors, fits = repair(
-            program, subjects, data, rows, mine, again, tick, masks=masks, how=recipe.repair,
+            program, subjects, rows, mine, again, tick, masks=masks, how=recipe.repair,
             propagate=recipe.propagate, swaps=recipe.swaps, seed=recipe.seed,
         )  # fmt: skip
     return Fitted((*parts, *others), tensors, fits, tuple(notes), reached)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxslim.passes.choose import measure
 from fxslim.passes.fitting.consumers import Consumer
-from fxslim.passes.fitting.curve import items
+from fxslim.passes.fitting.curve import Curve, items
 from fxslim.passes.fitting.moments import Moments
 from fxslim.passes.fitting.observe import Gradients, Rows, gradients, sums
 from fxslim.passes.fitting.refit import Refit, refit
@@ -25,6 +25,11 @@ PARTS = (0.25, 0.5, 0.75)
 """Parts of a site that are taken out to see what that costs on sequences that nothing is fitted on."""
 RIDGES = (0.003, 0.03, 0.3)
 """Ridges to choose from there."""
+
+
+def sizes(curve: Curve) -> list[int]:
+    """Return the numbers of steps after which the damage to the output is expected."""
+    return sorted({round(part * len(curve.steps)) for part in PARTS} - {0})
 
 
 def weigh(program: Program, subjects: Subjects, method: str, seed: int) -> None:
@@ -79,12 +84,10 @@ def look(
         seen = Seen(site, measure(site, program.tensors).scores, tuple(parts[None]), slopes.first, slopes.second, seed)
         for groups in choices(site):
             subjects.curves[name, groups] = curve = METHODS[method](seen, items(site, groups=groups))
-            for size in PARTS if expects else ():
-                steps = round(size * len(curve.steps))
-                if steps:
-                    keep = curve.keep(site.units, steps)
-                    damage = sum(_damage(*two, keep, repair=repair) for two in zip(parts[0], parts[1], strict=True))
-                    subjects.expected.setdefault((name, groups), []).append((float(curve.damage[steps]), damage))
+            for steps in sizes(curve) if expects else ():
+                keep = curve.keep(site.units, steps)
+                damage = sum(_damage(*two, keep, repair=repair) for two in zip(parts[0], parts[1], strict=True))
+                subjects.expected.setdefault((name, groups), []).append((float(curve.damage[steps]), damage))
         tick(name)
 
 

@@ -11,6 +11,13 @@ WIDE = 4096
 """Inputs from which sums are kept in float32: a float64 matrix of 11008 channels takes 0.97 GB."""
 
 
+def shared(total: Tensor) -> Tensor:
+    """Add up in place over the processes of ``torch.distributed``, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
+
+
 @dataclass(frozen=True)
 class Moments:
     """Moments over rows (tokens), which may count unequally, centred where the consumer has a bias that can move.
@@ -85,9 +92,8 @@ class Sums:
 
     def share(self) -> None:
         """Add up over the processes of ``torch.distributed``, where there are any."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for tensor in (self.count, self.mass, self.x, self.t, self.xx, self.xt, self.tt):
-                torch.distributed.all_reduce(tensor)
+        for tensor in (self.count, self.mass, self.x, self.t, self.xx, self.xt, self.tt):
+            shared(tensor)
 
     def moments(self, part: int | None = None, *, centred: bool) -> Moments:
         """Return the moments of one part, or of both."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from fxslim.passes.fitting.moments import shared
 from fxslim.passes.fitting.observe import Rows, flat
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.steps import name_of
@@ -76,9 +77,7 @@ def refit_norm(norm: Norm, mine: Tape, dense: Tape, rows: Rows) -> dict[str, Ten
         z, y = z[counts].double(), y[counts].double()
         own = torch.stack([torch.ones_like(z), z, y, z * z, z * y, y * y])
         sums.append(torch.stack([own[:, ~judged].sum(1), own[:, judged].sum(1)]))
-    total = torch.stack(sums).sum(0)  # (2, 6, channels)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
+    total = shared(torch.stack(sums).sum(0))  # (2, 6, channels)
     weight = mine.tensors[norm.weight]
     bias = mine.tensors[norm.bias] if norm.bias is not None else None
     old = weight.detach().double(), torch.zeros_like(weight).double() if bias is None else bias.detach().double()

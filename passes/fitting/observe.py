@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxslim.calibration import Batch
 from fxslim.errors import InputError
 from fxslim.passes.fitting.consumers import Call, Consumer
-from fxslim.passes.fitting.moments import Sums
+from fxslim.passes.fitting.moments import Sums, shared
 from fxslim.passes.fitting.outputs import draw_of, loss
 from fxslim.passes.fitting.tape import Tape
 from fxslim.program import Program
@@ -191,9 +191,8 @@ def gradients(
                 first[name] += gradient.double().abs().sum(0)
                 second[name] += gradient.double().square().sum(0)
         count += samples
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in (count, *first.values(), *second.values()):
-            torch.distributed.all_reduce(tensor)
+    for tensor in (count, *first.values(), *second.values()):
+        shared(tensor)
     for name in reads:
         yield name, Gradients((first[name] / count).numpy(), (second[name] / count).numpy())
 

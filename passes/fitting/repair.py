@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxslim.calibration import Calibration
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import items
 from fxslim.passes.fitting.look import left_of, stored
@@ -32,7 +31,6 @@ NOTHING = Masks()
 def repair(
     program: Program,
     subjects: Subjects,
-    data: Calibration,
     rows: Rows,
     before: Mapping[str, SitePlan],
     chosen: Chosen,
@@ -51,8 +49,7 @@ def repair(
     Args:
         program: the traced model.
         subjects: the sites, in the order of execution.
-        data: calibration data.
-        rows: which rows count.
+        rows: the calibration data, and which rows of it count.
         before: what stays of every site.
         chosen: sites whose units are chosen again, by what the narrowed model reads: how many steps.
         tick: called with every site's name.
@@ -66,7 +63,7 @@ def repair(
     Returns:
         What stays, new tensors by canonical name, and what was done.
     """
-    inputs = [batch.inputs for batch in data.batches]
+    inputs = [batch.inputs for batch in rows.batches]
     tensors: dict[str, Tensor] = dict(program.tensors)
     dense = Tape(program, inputs, program.tensors)
     mine = Tape(program, inputs, tensors, masks) if propagate else Tape(program, inputs, program.tensors)

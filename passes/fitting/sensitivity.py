@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxslim.passes.fitting.consumers import Call, Consumer
+from fxslim.passes.fitting.moments import shared
 from fxslim.passes.fitting.observe import Rows, flat
 from fxslim.passes.fitting.outputs import draw_of, loss, size
 from fxslim.passes.fitting.tape import Tape
@@ -57,7 +58,7 @@ def sensitivity(tape: Tape, consumers: Sequence[Consumer], rows: Rows, *, seed: 
     for batch, given in enumerate(rows.batches):
         made = _gradients(tape, called, rows, batch, draw_of(given.inputs, seed))
         if made is None:
-            return Sensitivity()
+            break
         found, of = made
         whole += of
         for node, gradient in found.items():
@@ -68,6 +69,9 @@ def sensitivity(tape: Tape, consumers: Sequence[Consumer], rows: Rows, *, seed: 
             norms[node].append(own.square().sum(1).sqrt())
             square = (own.T @ own if full else own.square().sum(0)).double()
             squares[consumer.weight] = squares.get(consumer.weight, torch.zeros_like(square)) + square
+    missing = torch.tensor(float(made is None))
+    if shared(missing):  # in any of the processes: then in all of them
+        return Sensitivity()
     scale = float(shared(whole).clamp_min(1e-300))
     roots = {name: _root(shared(square) / scale) for name, square in squares.items()}
     return Sensitivity(_weights(norms, called, rows), roots)
@@ -136,10 +140,3 @@ def _root(square: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(square / mean)
     root: Tensor = vectors * (values.clamp_min(0.0) + 1e-6).sqrt() * mean**0.5
     return root
-
-
-def shared(total: Tensor) -> Tensor:
-    """Add up over the processes of ``torch.distributed``, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    return total

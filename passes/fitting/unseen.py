@@ -8,11 +8,11 @@ import torch
 
 from fxslim.passes.choose import measure
 from fxslim.passes.fitting.curve import items
-from fxslim.passes.fitting.look import PARTS
+from fxslim.passes.fitting.look import sizes
+from fxslim.passes.fitting.moments import shared
 from fxslim.passes.fitting.observe import Rows
 from fxslim.passes.fitting.outputs import divergence
 from fxslim.passes.fitting.seen import Seen
-from fxslim.passes.fitting.sensitivity import shared
 from fxslim.passes.fitting.subjects import Subjects, choices
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.masking import Masks
@@ -56,9 +56,7 @@ def expect_unseen(
     without: list[str] = []
     for name, site in subjects.unseen.items():
         tick(name)
-        keys = [
-            (groups, steps) for groups in choices(site) for steps in _sizes(len(subjects.curves[name, groups].steps))
-        ]
+        keys = [(groups, steps) for groups in choices(site) for steps in sizes(subjects.curves[name, groups])]
         plans = [SitePlan(site=site, keep=subjects.curves[name, g].keep(site.units, n)) for g, n in keys]
         masks = [made for plan in plans if (made := masking((plan,))) is not None]
         if len(masks) < len(plans):
@@ -80,8 +78,3 @@ def expect_unseen(
             error = float(subjects.curves[name, groups].damage[steps])
             subjects.expected.setdefault((name, groups), []).append((error, total / max(weight, 1e-300)))
     return without
-
-
-def _sizes(steps: int) -> list[int]:
-    """Return the numbers of steps at which a site is measured."""
-    return sorted({round(part * steps) for part in PARTS} - {0})
