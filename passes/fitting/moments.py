@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HELD = 4096
+"""Rows that are multiplied at once: adding up wide matrices in float64 takes longer than multiplying few rows."""
 WIDE = 4096
 """Inputs from which sums are kept in float32: a float64 matrix of 11008 channels takes 0.97 GB."""
 
@@ -65,6 +67,7 @@ class Sums:
         self.xx = torch.zeros(2, inputs, inputs, dtype=dtype, device=device)
         self.xt = torch.zeros(2, inputs, outputs, dtype=dtype, device=device)
         self.tt = torch.zeros(2, dtype=torch.float64, device=device)
+        self._held: tuple[list[tuple[Tensor, Tensor, Tensor]], ...] = ([], [])
 
     def add(self, x: Tensor, t: Tensor, judged: Tensor, weights: Tensor | None = None) -> None:
         """Add rows.
@@ -75,28 +78,43 @@ class Sums:
             judged: which rows belong to the part that judges.  (rows,) bool
             weights: how much every row counts; one each by default.  (rows,)
         """
-        for part in (0, 1):
+        weights = torch.ones(len(x), device=x.device) if weights is None else weights
+        for part, held in enumerate(self._held):
             rows = judged if part else ~judged
-            own_x, own_t = _wide(x[rows]), _wide(t[rows])
-            heavy_x, heavy_t, mass = own_x, own_t, float(len(own_x))
-            if weights is not None:
-                scale = weights[rows].to(own_x)[:, None]
-                heavy_x, heavy_t, mass = own_x * scale, own_t * scale, float(scale.double().sum())
-            self.count[part] += len(own_x)
-            self.mass[part] += mass
-            self.x[part] += heavy_x.double().sum(0)
-            self.t[part] += heavy_t.double().sum(0)
-            self.xx[part] += (heavy_x.T @ own_x).to(self.xx.dtype)
-            self.xt[part] += (heavy_x.T @ own_t).to(self.xt.dtype)
-            self.tt[part] += (heavy_t.double() * own_t.double()).sum()
+            held.append((x[rows], t[rows], weights[rows]))
+            if sum(len(own) for own, _, _ in held) >= HELD:
+                self._multiply(part)
+
+    def _multiply(self, part: int) -> None:
+        """Multiply the rows that are held."""
+        if not self._held[part]:
+            return
+        x, t, weights = (torch.cat(own) for own in zip(*self._held[part], strict=True))
+        self._held[part].clear()
+        x, t = _wide(x), _wide(t)
+        scale = weights.to(x)[:, None]
+        heavy_x, heavy_t = x * scale, t * scale
+        self.count[part] += len(x)
+        self.mass[part] += scale.double().sum()
+        self.x[part] += heavy_x.double().sum(0)
+        self.t[part] += heavy_t.double().sum(0)
+        self.xx[part] += heavy_x.T @ x
+        self.xt[part] += heavy_x.T @ t
+        self.tt[part] += (heavy_t.double() * t.double()).sum()
+
+    def _settle(self) -> None:
+        for part in (0, 1):
+            self._multiply(part)
 
     def share(self) -> None:
         """Add up over the processes of ``torch.distributed``, where there are any."""
+        self._settle()
         for tensor in (self.count, self.mass, self.x, self.t, self.xx, self.xt, self.tt):
             shared(tensor)
 
     def moments(self, part: int | None = None, *, centred: bool) -> Moments:
         """Return the moments of one part, or of both."""
+        self._settle()
         parts = [0, 1] if part is None else [part]
         n = max(float(self.mass[parts].sum()), 1e-30)
         x, t = self.x[parts].sum(0) / n, self.t[parts].sum(0) / n

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,10 +110,9 @@ def refit(
         return sliced(every, weight, keep, plain)
     best, ridge, done = plain, float("inf"), "sliced"
     if how == "refit" and fitting.count >= ROWS_PER_INPUT * len(keep):
-        for candidate in ridges:
-            error = judging.error(solve(fitting, weight, keep, candidate), keep)
-            if error < best:
-                best, ridge, done = error, candidate, "refit"
+        found, candidate = _lowest(lambda r: judging.error(solve(fitting, weight, keep, r), keep), ridges)
+        if found < best:
+            best, ridge, done = found, candidate, "refit"
     else:
         error = judging.error(scaled(fitting, weight, keep, owner), keep)
         if error < best:
@@ -122,6 +121,19 @@ def refit(
         return sliced(every, weight, keep, plain)
     matrix = solve(every, weight, keep, ridge) if done == "refit" else scaled(every, weight, keep, owner)
     return Refit(matrix, every.t - every.x[keep] @ matrix, ridge, best, plain, done)
+
+
+def _lowest(error: Callable[[float], float], ridges: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest error and its ridge: from the middle downhill, since errors fall towards one ridge and rise."""
+    at = len(ridges) // 2
+    best = error(ridges[at])
+    for step in (-1, 1):
+        moved = False
+        while 0 <= at + step < len(ridges) and (found := error(ridges[at + step])) < best:
+            at, best, moved = at + step, found, True
+        if moved:
+            break
+    return best, ridges[at]
 
 
 def sliced(moments: Moments, weight: Tensor, keep: Tensor, error: float = math.nan) -> Refit:

@@ -14,7 +14,7 @@ from fxslim.passes.fitting.refit import factor
 from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.methods.obs import DAMPING, damped
 
-ROUNDS = 12
+ROUNDS = 6
 """Most times that everything is scored again."""
 AT_ONCE = 16
 """A sixteenth of what can be swapped is tried first, then half of that, and so on."""
@@ -79,25 +79,33 @@ class _Fitted:
         for item in np.flatnonzero(~kept):
             left[self.columns[item]] = False
         at, gone = left.nonzero()[:, 0], (~left).nonzero()[:, 0]
-        eye = torch.eye(len(at), dtype=self.inner.dtype, device=self.inner.device)
-        inverse = torch.cholesky_solve(eye, factor(self.inner[at][:, at], 0.0))
+        inverse = torch.cholesky_inverse(factor(self.inner[at][:, at], 0.0))
         weight = inverse @ self.pull[at]
         across = self.inner[gone][:, at]
         missing = self.pull[gone] - across @ weight
-        rest = self.inner[gone][:, gone] - across @ inverse @ across.T
         place = torch.empty(len(left), dtype=torch.long, device=left.device)
         place[at] = torch.arange(len(at), device=left.device)
         place[gone] = torch.arange(len(gone), device=left.device)
         costs, gains = np.zeros(len(kept)), np.zeros(len(kept))
-        costs[kept] = _quotients(weight, inverse, [place[self.columns[i]] for i in np.flatnonzero(kept)])
-        gains[~kept] = _quotients(missing, rest, [place[self.columns[i]] for i in np.flatnonzero(~kept)])
+        inside, outside = ([place[self.columns[i]] for i in np.flatnonzero(own)] for own in (kept, ~kept))
+        if all(len(own) == 1 for own in (*inside, *outside)):
+            rest = self.inner.diagonal()[gone] - (across @ inverse * across).sum(1)
+            costs[kept] = _ratios(weight, inverse.diagonal(), inside)
+            gains[~kept] = _ratios(missing, rest, outside)
+        else:
+            whole = self.inner[gone][:, gone] - across @ inverse @ across.T
+            costs[kept] = _quotients(weight, inverse, inside)
+            gains[~kept] = _quotients(missing, whole, outside)
         return -float((weight * self.pull[at]).sum()), costs, gains
+
+
+def _ratios(rows: Tensor, diagonal: Tensor, places: Sequence[Tensor]) -> np.ndarray:
+    """Return ``|R_g|² / M_gg`` for every group of one row."""
+    at = torch.cat([*places, torch.empty(0, dtype=torch.long, device=rows.device)])
+    return (rows[at].square().sum(1) / diagonal[at].clamp_min(1e-300)).cpu().numpy()
 
 
 def _quotients(rows: Tensor, matrix: Tensor, places: Sequence[Tensor]) -> np.ndarray:
     """Return ``tr(R_gᵀ [M_gg]⁻¹ R_g)`` for every group of rows."""
-    if all(len(own) == 1 for own in places) and places:
-        at = torch.cat(list(places))
-        return (rows[at].square().sum(1) / matrix.diagonal()[at].clamp_min(1e-300)).cpu().numpy()
     found = [(rows[own] * torch.linalg.solve(matrix[own][:, own], rows[own])).sum() for own in places]
     return np.array([float(one) for one in found])

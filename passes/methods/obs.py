@@ -15,8 +15,10 @@ from fxslim.passes.fitting.seen import Read, Seen
 DAMPING = 0.01
 STEP = 32
 """Most single channels that go before all are scored again."""
-REFACTOR = 8
-"""The inverse is computed anew whenever an eighth of what was left is gone."""
+SHRINK = 8
+"""The state shrinks whenever an eighth of what was left is gone."""
+REFACTOR = 2
+"""The inverse is computed anew whenever half of what was left is gone, so that rounding does not add up."""
 
 
 def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int | None = None) -> Curve:
@@ -67,10 +69,7 @@ def damped(read: Read, damping: float) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class _Surgery:
-    """The state of one consumer: the inverse of its damped second moments, and its weights as they adapt.
-
-    Both shrink to what is left whenever they are computed anew.
-    """
+    """The state of one consumer: the inverse of its damped second moments, and its weights as they adapt."""
 
     read: Read
     items: Items
@@ -110,19 +109,31 @@ class _Surgery:
         rows, weights = update.split([self.inverse.shape[1], self.weight.shape[1]], dim=1)
         cost = float((self.weight[here] * weights).sum())
         across = self.inverse[:, here]
-        self.weight -= across @ weights
-        self.inverse -= across @ rows
+        self.weight.addmm_(across, weights, alpha=-1)
+        self.inverse.addmm_(across, rows, alpha=-1)
         self.left[gone] = False
-        if self.left.any() and int(self.left.sum()) <= len(self.inverse) * (1 - 1 / REFACTOR):
+        count = int(self.left.sum())
+        if count and count <= self.fresh * (1 - 1 / REFACTOR):
             self._refresh()
+        elif count and count <= len(self.inverse) * (1 - 1 / SHRINK):
+            self._shrink()
         return cost
 
-    def _refresh(self) -> None:
-        """Compute the inverse and the weights of what is left anew, so that rounding does not add up."""
+    def _shrink(self) -> None:
+        """Drop what is gone."""
         at = self.left.nonzero()[:, 0]
-        self.place[at] = torch.arange(len(at), device=at.device)
-        self.place[~self.left] = 0
+        here = self.place[at]
+        self.inverse, self.weight = self.inverse[here][:, here], self.weight[here]
+        self._settle(at)
+
+    def _refresh(self) -> None:
+        """Compute the inverse and the weights of what is left anew."""
+        at = self.left.nonzero()[:, 0]
         lower = factor(self.inner[at][:, at], 0.0)
-        eye = torch.eye(len(at), dtype=lower.dtype, device=lower.device)
-        self.inverse = torch.cholesky_solve(eye, lower)
-        self.weight = torch.cholesky_solve(self.pull[at], lower)
+        self.inverse, self.weight = torch.cholesky_inverse(lower), torch.cholesky_solve(self.pull[at], lower)
+        self.fresh = len(at)
+        self._settle(at)
+
+    def _settle(self, at: Tensor) -> None:
+        self.place.zero_()
+        self.place[at] = torch.arange(len(at), device=at.device)
