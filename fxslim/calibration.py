@@ -77,10 +77,26 @@ def calibration(model: nn.Module, given: Any, *, max_tokens: int | None = None, 
     batches = _read(model, given, MAX_TOKENS if max_tokens is None else max_tokens)
     if not batches:
         raise InputError("calibration= holds no batch; give an iterable of batches, such as a DataLoader.")
+    _alike(batches)
     chosen = _drawn(batches, MAX_TOKENS if max_tokens is None else max_tokens, seed)
     if not any(batch.tokens for batch in chosen):
         raise InputError("calibration= holds padding alone: every attention_mask is zero.")
     return Calibration(tuple(chosen), dict(max(chosen, key=_rank).inputs))
+
+
+def _alike(batches: Sequence[Batch]) -> None:
+    """Refuse batches that hold other inputs than the first one: one graph is traced for all of them."""
+    names = [{name for name, value in batch.inputs.items() if value is not None} for batch in batches]
+    first = names[0]
+    for number, own in enumerate(names):
+        other = first ^ own
+        if other:
+            name = sorted(other)[0]
+            have, lack = (0, number) if name in first else (number, 0)
+            raise InputError(
+                f"calibration batch {have} has {name}, batch {lack} has not; give every batch the same inputs"
+                + (" (a mask of ones where nothing is padding)." if name.endswith("mask") else ".")
+            )
 
 
 def _read(model: nn.Module, given: Any, tokens: int) -> list[Batch]:

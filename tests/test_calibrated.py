@@ -6,6 +6,7 @@ import copy
 import functools
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,12 @@ def test_a_budget_without_data_is_met_by_magnitude_and_called_weak() -> None:
 
 def test_a_budget_out_of_reach_is_refused() -> None:
     model, batches = model_of("bert")
-    with pytest.raises(RequestError, match="cannot be reached"):
+    with pytest.raises(RequestError, match=r"cannot be reached.* leave (\d+\.\d)%") as refused:
         fxslim.slim(model, calibration=batches[:2], target=fxslim.params(0.01))
+    least = float(re.search(r"leave (\d+\.\d)%", str(refused.value)).group(1)) / 100  # type: ignore[union-attr]
+    small: Any = fxslim.slim(model, calibration=batches[:2], target=fxslim.params(least))  # what it says can be had
+    left = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+    assert least - 0.001 < left <= least
 
 
 def test_a_speed_up_is_met_by_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -415,6 +420,9 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
     assert not hasattr(model, "fxslim")
 
 
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "says"),
     [
@@ -422,6 +430,11 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch
         ({"calibration": ["text"]}, InputError, "Tokenize"),
         ({"calibration": 5}, InputError, "iterable"),
         ({"calibration": {"input_ids": torch.ones(2, 3)}}, InputError, "in a list"),
+        (
+            {"calibration": [{"input_ids": IDS}, {"input_ids": IDS, "attention_mask": IDS}]},
+            InputError,
+            "batch 1 has attention_mask, batch 0 has not",
+        ),
         ({"calibration": [{"input_ids": torch.ones(2, 3).long()}], "ffn": 0.0}, RequestError, "how much"),
         ({"method": "obs"}, RequestError, "give calibration"),
         ({"method": "wandb"}, RequestError, "Did you mean wanda"),

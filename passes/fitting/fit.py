@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fxslim.calibration import Calibration
+from fxslim.errors import RequestError
 from fxslim.passes.fitting.budget import Level, Price, allocate, level_steps, saved, within
 from fxslim.passes.fitting.curve import Curve
 from fxslim.passes.fitting.latency import Shape
@@ -203,6 +204,7 @@ def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> tuple[Chose
                 Level(groups, n, subjects.damage(name, groups, n), -slope * n - faster(name, groups, n)) for n in sizes
             ]
         levels[name] = own
+    _reachable(recipe.targets, dense, levels)
     picks: dict[str, Level] = {}
 
     def choose(limits: Sequence[float]) -> tuple[SitePlan, ...]:
@@ -219,6 +221,19 @@ def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> tuple[Chose
     predicted = dense + np.sum([one.costs for one in picks.values()], axis=0)
     reached = [price.reached(*one, parts) for one in zip(recipe.targets, dense, predicted, strict=True)]
     return _steps(picks), tuple(reached)
+
+
+def _reachable(targets: Sequence[Target], dense: np.ndarray, levels: Mapping[str, list[Level]]) -> None:
+    """Refuse a target that not even the smallest sizes of all sites reach."""
+    least = dense + np.sum([np.min([one.costs for one in own], axis=0) for own in levels.values()], axis=0)
+    for target, whole, left in zip(targets, dense, least, strict=True):
+        if left > target.limit(whole) * (1 + 1e-9):
+            share = np.ceil(1000 * left / whole) / 1000
+            raise RequestError(
+                f"{target} cannot be reached: the smallest sizes of the {len(levels)} sites that were found and asked "
+                f"for leave {share:.1%} of the dense model's {target.resource}. Ask for more than that, or for more "
+                "kinds of sites; fxslim.inspect shows what was not found."
+            )
 
 
 def _time_saved(

@@ -16,7 +16,11 @@ WIDE = 4096
 def shared(total: Tensor) -> Tensor:
     """Add up in place over the processes of ``torch.distributed``, where there are any."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
+        away = torch.distributed.get_backend() == "nccl" and total.device.type == "cpu"
+        there = total.cuda() if away else total
+        torch.distributed.all_reduce(there)
+        if away:
+            total.copy_(there)
     return total
 
 
