@@ -9,6 +9,8 @@ from torch import Tensor
 
 HELD = 4096
 """Rows that are multiplied at once: adding up wide matrices in float64 takes longer than multiplying few rows."""
+BLOCKS = 4
+"""A square is computed in so many blocks a side, each pair of two once."""
 WIDE = 4096
 """Inputs from which sums are kept in float32: a float64 matrix of 11008 channels takes 0.97 GB."""
 
@@ -102,7 +104,7 @@ class Sums:
         self.mass[part] += scale.double().sum()
         self.x[part] += heavy_x.double().sum(0)
         self.t[part] += heavy_t.double().sum(0)
-        self.xx[part] += heavy_x.T @ x
+        _add_square(self.xx[part], x * scale.sqrt())
         self.xt[part] += heavy_x.T @ t
         self.tt[part] += (heavy_t.double() * t.double()).sum()
 
@@ -130,6 +132,20 @@ class Sums:
         else:
             x, t = torch.zeros_like(x), torch.zeros_like(t)
         return Moments(int(self.count[parts].sum()), x, t, xx, xt, tt, variance)
+
+
+def _add_square(total: Tensor, rows: Tensor) -> None:
+    """Add ``rowsᵀ rows``, block by block; what is above the diagonal is what is below it."""
+    starts = range(0, len(total), -(-len(total) // BLOCKS) or 1)
+    for i in starts:
+        for j in starts:
+            if j > i:
+                break
+            own, other = slice(i, i + starts.step), slice(j, j + starts.step)
+            block = rows[:, own].T @ rows[:, other]
+            total[own, other] += block
+            if i != j:
+                total[other, own] += block.T
 
 
 def _wide(rows: Tensor) -> Tensor:

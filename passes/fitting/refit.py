@@ -68,16 +68,21 @@ def scale(moments: Moments) -> float:
 
 def factor(inner: Tensor, ridge: float) -> Tensor:
     """Return the Cholesky factor of a matrix plus a ridge, which grows tenfold until there is one."""
-    eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-    inner = (inner + inner.T) / 2
-    ridge = max(ridge, 1e-12 * float(inner.abs().max()), 1e-30)
+    ridge = max(ridge, 1e-12 * float(inner.diagonal().max()), 1e-30)
     for _ in range(16):
-        lower, failed = torch.linalg.cholesky_ex(inner + ridge * eye)
+        lower, failed = torch.linalg.cholesky_ex(raised(inner, ridge))  # reads the lower triangle alone
         if not failed:
             made: Tensor = lower
             return made
         ridge *= 10
     raise ArithmeticError("second moments hold NaN or infinite values")
+
+
+def raised(inner: Tensor, ridge: float) -> Tensor:
+    """Return a matrix with more on its diagonal."""
+    made = inner.clone()
+    made.diagonal().add_(ridge)
+    return made
 
 
 def refit(

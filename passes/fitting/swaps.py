@@ -14,7 +14,7 @@ from fxslim.passes.fitting.refit import factor
 from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.methods.obs import DAMPING, damped
 
-ROUNDS = 6
+ROUNDS = 5
 """Most times that everything is scored again."""
 AT_ONCE = 16
 """A sixteenth of what can be swapped is tried first, then half of that, and so on."""

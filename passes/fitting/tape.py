@@ -87,8 +87,9 @@ class Tape:
 
     @torch.no_grad()
     def peek(self, node: fx.Node, batch: int) -> Any:
-        """Return what a node computes from what is there, without going on."""
-        return self._compute(node, self.values[batch])
+        """Return what a node computes from what is there, without going on; it is not computed again."""
+        self._step(node, self.values[batch])
+        return self.values[batch][node]
 
     @torch.no_grad()
     def outputs(self, batch: int) -> Any:
@@ -146,7 +147,7 @@ class Tape:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        if node.op == "call_function":
+        if node.op == "call_function" and node not in values:
             values[node] = self._compute(node, values)
 
 

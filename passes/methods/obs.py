@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxslim.passes.fitting.curve import Curve, Items
-from fxslim.passes.fitting.refit import factor, scale
+from fxslim.passes.fitting.refit import factor, raised, scale
 from fxslim.passes.fitting.seen import Read, Seen
 
 DAMPING = 0.01
@@ -63,8 +63,7 @@ def damped(read: Read, damping: float) -> tuple[Tensor, Tensor]:
     """Return second moments plus a ridge, and their products with the targets in the metric.  (in, in), (in, out)"""
     moments = read.moments
     ridge = damping * scale(moments)
-    eye = torch.eye(len(moments.xx), dtype=moments.xx.dtype, device=moments.xx.device)
-    return (moments.xx + moments.xx.T) / 2 + ridge * eye, read.measured(moments.xt + ridge * read.weight)
+    return raised(moments.xx, ridge), read.measured(moments.xt + ridge * read.weight)
 
 
 @dataclass
@@ -77,12 +76,12 @@ class _Surgery:
 
     def __post_init__(self) -> None:
         self.inner, self.pull = damped(self.read, self.damping)
-        eye = torch.eye(len(self.inner), dtype=self.inner.dtype, device=self.inner.device)
-        self.columns = [torch.from_numpy(self.read.consumer.columns(u)).to(eye.device) for u in self.items.units]
+        device = self.inner.device
+        self.columns = [torch.from_numpy(self.read.consumer.columns(u)).to(device) for u in self.items.units]
         widths = {len(own) for own in self.columns}
         self.width = widths.pop() if len(widths) == 1 else 0
-        self.left = torch.ones(len(eye), dtype=torch.bool, device=eye.device)
-        self.place = torch.arange(len(eye), device=eye.device)
+        self.left = torch.ones(len(self.inner), dtype=torch.bool, device=device)
+        self.place = torch.arange(len(self.inner), device=device)
         self._refresh()
         self.whole = max(float((self.weight * self.pull).sum()), 1e-300)
 
@@ -129,8 +128,8 @@ class _Surgery:
     def _refresh(self) -> None:
         """Compute the inverse and the weights of what is left anew."""
         at = self.left.nonzero()[:, 0]
-        lower = factor(self.inner[at][:, at], 0.0)
-        self.inverse, self.weight = torch.cholesky_inverse(lower), torch.cholesky_solve(self.pull[at], lower)
+        self.inverse = torch.cholesky_inverse(factor(self.inner[at][:, at], 0.0))
+        self.weight = self.inverse @ self.pull[at]
         self.fresh = len(at)
         self._settle(at)
 
