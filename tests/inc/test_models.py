@@ -68,10 +68,11 @@ def test_half_of_a_model_goes_and_comes_back(name: str, tmp_path: Path) -> None:
     """The narrowed model computes what the masked one does, in float64, and so does what is loaded again."""
     model = build(name)
     _, blocks, attentions = MODELS[name]
-    pruners = parse_auto_slim_config(model, ffn2_sparsity=0.5, mha_sparsity=0.5)
+    data = [batch(model)] if name == "Whisper" else None  # whose config does not tell how long its inputs are
+    pruners = parse_auto_slim_config(model, data, ffn2_sparsity=0.5, mha_sparsity=0.5)
     assert len(pruners[0]["op_names"]) == blocks
     conf = WeightPruningConfig(pruners, pruning_type="magnitude", pruning_scope="local")
-    manager = prepare_compression(model, conf)
+    manager = prepare_compression(model, conf, dataloader=data)
     manager.callbacks.on_train_begin()
     assert manager.callbacks.sparsity == {"ffn": 0.5, "heads": 0.5}
     manager.callbacks.on_train_end()
@@ -79,7 +80,7 @@ def test_half_of_a_model_goes_and_comes_back(name: str, tmp_path: Path) -> None:
     for path in pruners[0]["op_names"]:
         layer = masked.get_submodule(path)
         assert (layer.weight == 0).all(1 if hasattr(layer, "nf") else 0).double().mean() == 0.5
-    small = manager.callbacks.model_slim(model, round_multiplier=1)
+    small = manager.callbacks.model_slim(model, data, round_multiplier=1)
     assert small is model
     kinds = [part.site.kind for part in small.fxslim.plan]
     halves = [len(part.keep) * 2 == part.site.units for part in small.fxslim.plan]
@@ -92,4 +93,4 @@ def test_half_of_a_model_goes_and_comes_back(name: str, tmp_path: Path) -> None:
         CompressionManager(small, manager.callbacks).save(tmp_path / "small")
         again = fxslim.from_pretrained(tmp_path / "small").eval()
         assert next(again.parameters()).dtype == torch.float64
-        assert torch.equal(again(**given).logits, small(**given).logits)
+        assert torch.allclose(again(**given).logits, expected, rtol=0, atol=1e-10)
