@@ -114,9 +114,9 @@ class WeightPruningConfig:
 
     Args:
         pruning_configs: a dict for each pruner; see `fxslim.inc.parse_auto_slim_config`.
-        target_sparsity: fraction that goes, from 0 up to 1; of ``N:M`` it is N/M, and 0.9, the default, stands for that.
+        target_sparsity: fraction that goes, from 0 up to 1; of ``N:M`` it is N/M, for which 0.9, the default, stands.
         pruning_type: ``snip_momentum``, ``snip``, ``magnitude``, ``gradient``, ``block_mask`` (each also with
-            ``_progressive``), ``pattern_lock``, ``group_lasso``, or on data ``sparse_gpt``, ``wanda``, ``retrain_free``.
+            ``_progressive``), ``pattern_lock``, ``group_lasso``; on data ``sparse_gpt``, ``wanda``, ``retrain_free``.
         pattern: ``NxM`` blocks of N outputs by M inputs, ``1x1``, ``channelx1``, ``1xchannel``, ``N:M``, ``mha``.
         op_names: regular expressions, searched for in module paths; the path of a layer names it alone.
         excluded_op_names: the same, for what is left alone.

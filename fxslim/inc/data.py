@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxslim.calibration import LABELS
 from fxslim.errors import InputError, RequestError
@@ -31,10 +32,10 @@ def check_loader(dataloader: Any, instead: str) -> None:
         )
 
 
-def check_model(model: Any, call: str) -> None:
+def check_model(model: Any, call: str, place: str = "first") -> None:
     """Raise RequestError where something else stands in the place of the model."""
     if not isinstance(model, nn.Module):
-        raise RequestError(f"{call}: the model comes first, and this is a {type(model).__name__}.")
+        raise RequestError(f"{call}: the model comes {place}, and this is a {type(model).__name__}.")
 
 
 def example_of(model: nn.Module, dataloader: Any) -> Any:
@@ -71,6 +72,12 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         if len(needed) < 2:
             return batch[0], batch[1]
     return batch, None
+
+
+def placed(model: nn.Module, batch: Any) -> Any:
+    """Return a batch where the model is."""
+    place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(place), batch)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -55,7 +55,7 @@ class PruningCallbacks:
         dataloader: Any = None,
         loss_func: Any = None,
     ) -> None:
-        check_model(model, "PruningCallbacks(conf, model): the model is second, and here")
+        check_model(model, "PruningCallbacks(conf, model)", "second")
         if not isinstance(conf, WeightPruningConfig):
             raise RequestError(f"conf takes a fxslim.inc.WeightPruningConfig, not {type(conf).__name__}.")
         check_loader(dataloader, "optimizer= and loss_func=")
@@ -100,8 +100,13 @@ class PruningCallbacks:
 
     @property
     def sparsity(self) -> dict[str, float]:
-        """Return the masked fraction of everything that a pruner is about, by kind; of several, the last one's."""
-        return {name: value for own in self.pruners for name, value in own.sparsity().items()}
+        """Return the masked fraction of what each pruner is about: ``ffn``, ``heads``, ``weights``, ``weights 2``, …"""
+        found: dict[str, float] = {}
+        for pruner in self.pruners:
+            for name, value in pruner.sparsity().items():
+                again = sum(other.split()[0] == name for other in found)
+                found[f"{name} {again + 1}" if again else name] = value
+        return found
 
     # The events of a training loop ------------------------------------------------------------------------------------
 
@@ -249,19 +254,20 @@ class CompressionManager:
 
 
 def prepare_compression(
-    model: nn.Module, confs: WeightPruningConfig | Sequence[WeightPruningConfig], **kwargs: Any
+    model: nn.Module, confs: WeightPruningConfig | Sequence[WeightPruningConfig] | None = None, **kwargs: Any
 ) -> CompressionManager:
     """Put masks on a model; its training loop calls the callbacks.
 
     Args:
         model: the model.
         confs: what goes; or a list that holds it alone.
-        **kwargs: ``optimizer``, ``dataloader``, ``loss_func``: see `PruningCallbacks`.
+        **kwargs: ``optimizer``, ``dataloader``, ``loss_func``: see `PruningCallbacks`; ``conf`` for ``confs``.
 
     Raises:
         RequestError: an argument means nothing, or nothing that is asked for is found.
     """
     check_model(model, "prepare_compression(model, conf)")
+    confs = kwargs.pop("conf", None) if confs is None else confs
     known = ("optimizer", "dataloader", "loss_func")
     for name in kwargs:
         if name not in known:
@@ -303,7 +309,7 @@ def prepare_pruning(
         raise RequestError(f"framework={framework!r}: there is 'pytorch' alone.")
     if device is not None:
         raise RequestError("device=: the model is worked on where it is; move it with model.to(device) instead.")
-    if optimizer is not None and not hasattr(optimizer, "step"):
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise RequestError(f"optimizer={type(optimizer).__name__}: that is none; say dataloader= by name.")
     made = PruningCallbacks(config, model, optimizer=optimizer, dataloader=dataloader, loss_func=loss_func)
     if optimizer is not None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxslim.errors import InputError, RequestError
 from fxslim.inc.config import Wish
-from fxslim.inc.data import call, inputs_and_target
+from fxslim.inc.data import call, inputs_and_target, placed
 from fxslim.inc.translate import Finder, native
 from fxslim.plan import Note, units_by_group
 from fxslim.training.units import MaskedSite, MaskedUnits
@@ -95,7 +95,7 @@ def _gradients(model: nn.Module, units: MaskedUnits, dataloader: Any, loss_func:
     model.eval()
     for batch in dataloader:
         model.zero_grad()
-        _loss(model, batch, loss_func).backward()
+        _loss(model, placed(model, batch), loss_func).backward()
         for own, sums in zip(units.sites, units.sums(), strict=True):
             found[own.site.name].append(sums.double().cpu().numpy())
     for module, mode in modes.items():

@@ -14,7 +14,7 @@ import fxslim.api
 from fxslim.errors import FxslimError, InputError, RequestError
 from fxslim.inc.config import Wish
 from fxslim.inc.data import example_of
-from fxslim.passes.choose import FFN
+from fxslim.passes.choose import FFN, select
 from fxslim.plan import Note, Site
 from fxslim.report import Inspection
 from fxslim.training.config import PruningConfig, WeightMasks
@@ -61,7 +61,9 @@ class Finder:
             try:
                 self._found = fxslim.api.inspect(self.model, self.example)
             except InputError as error:
-                how = "" if self.dataloader is not None else " In fxslim.inc, dataloader= gives them, by its first batch."
+                how = (
+                    "" if self.dataloader is not None else " In fxslim.inc, dataloader= gives them, by its first batch."
+                )
                 self._found = InputError(f"{error}{how}")
             except FxslimError as error:
                 self._found = error
@@ -100,20 +102,25 @@ def native(wish: Wish, finder: Finder) -> tuple[PruningConfig | None, list[Note]
     if not wish.fraction and not wish.locks:
         return None, [Note(where=wish.pattern, reason="target_sparsity=0: nothing goes")]
     if wish.pattern == "mha":
-        return _units(wish, "heads", _attention(wish, finder), notes), notes
+        return _units(wish, "heads", _attention(wish, finder), finder, notes), notes
     if wish.pattern == "channelx1" and not wish.locks:
         sites = _channels(wish, finder, notes)
         if sites:
-            return _units(wish, "ffn", sites, notes), notes
+            return _units(wish, "ffn", sites, finder, notes), notes
     return _weights(wish, finder, notes), notes
 
 
-def _units(wish: Wish, asked: str, sites: Sequence[Site], notes: list[Note]) -> PruningConfig:
+def _units(wish: Wish, asked: str, sites: Sequence[Site], finder: Finder, notes: list[Note]) -> PruningConfig:
     if wish.portions > 1:
         notes.append(Note(where="mha", reason="heads go as a whole: _progressive has no effect"))
     given: dict[str, Any] = {asked: wish.fraction, "include": tuple(glob.escape(site.name) for site in sites)}
     score = "l1" if wish.criterion == "magnitude" else wish.criterion
-    return PruningConfig(**given, score=score, **_common(wish))
+    config = PruningConfig(**given, score=score, **_common(wish))
+    kinds = {site.kind for site in sites}
+    for site in select(finder.found.sites, config.request())[0]:
+        if site.kind in kinds and site not in sites:
+            raise RequestError(f"{site.name} cannot be told from {sites[0].name} by name; rename one of the modules.")
+    return config
 
 
 def _common(wish: Wish) -> dict[str, Any]:

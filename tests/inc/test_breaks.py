@@ -100,7 +100,7 @@ def test_a_hidden_with_a_second_nonlinear_consumer_is_not_slimmed() -> None:
     zero(model.down, 32)
     slimmed(model)
     assert model.down.weight.shape == (D, F) and model.up.weight.shape == (F, D)
-    with pytest.raises(RequestError, match="no feed-forward block was found"):
+    with pytest.raises(RequestError, match=r"no feed-forward block was found"):
         parse_auto_slim_config(model, loader(), ffn2_sparsity=0.5)
 
 
@@ -160,7 +160,9 @@ def test_which_zeros_go_at_a_multiple_is_always_the_same() -> None:
         torch.manual_seed(seed)
         models.append(slimmed(model, 32))
     assert models[0].down.weight.shape == (D, 32)
-    assert all(torch.equal(one, other) for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    )
 
 
 def test_fewer_zeros_than_the_multiple_stay_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -222,7 +224,9 @@ def test_a_head_goes_when_nothing_of_it_is_read(where: str) -> None:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    hooks = {name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()}
+    hooks = {
+        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()
+    }
     return {"tensors": {name: value.clone() for name, value in model.state_dict().items()}, "hooks": hooks,
             "forward": [vars(module).get("forward") for module in model.modules()]}  # fmt: skip
 
@@ -245,8 +249,7 @@ def test_an_error_in_model_slim_is_raised_and_changes_nothing(monkeypatch: pytes
     def fails(*args: Any, **kwargs: Any) -> None:
         raise VerifyError("somewhere", 1.0, 0.1, "a test")
 
-    monkeypatch.setattr("fxslim.passes.narrow.compare", fails, raising=False)
-    monkeypatch.setattr("fxslim.passes.pipelines.compare", fails, raising=False)
+    monkeypatch.setattr("fxslim.passes.pipelines.compare", fails)
     with pytest.raises(VerifyError):
         model_slim(model, round_multiplier=1)
     untouched(model, before)
@@ -365,12 +368,14 @@ def test_model_slim_takes_masks_off_that_nobody_took_off() -> None:
 def test_a_schedule_that_training_does_not_reach_is_told() -> None:
     """The last update never came when training had exactly ``end_step`` steps."""
     model = block("relu")
-    callbacks = prepare_compression(model, WeightPruningConfig(target_sparsity=0.5, pattern="1x1", end_step=9)).callbacks
+    callbacks = prepare_compression(
+        model, WeightPruningConfig(target_sparsity=0.5, pattern="1x1", end_step=9)
+    ).callbacks
     for x in loader():
         model(x).square().mean().backward()
         callbacks.on_before_optimizer_step()
         callbacks.on_after_optimizer_step()
-    with pytest.warns(UserWarning, match="before masks reached their target"):
+    with pytest.warns(UserWarning, match=r"before masks reached their target"):
         callbacks.on_train_end()
     zeros = sum(int((layer.weight == 0).sum()) for layer in (model.up, model.gate, model.down, model.other))
     assert zeros == 4 * D * F // 2

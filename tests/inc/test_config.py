@@ -161,30 +161,30 @@ def test_positional_misuse_is_caught() -> None:
         parse_auto_slim_config(model, 0.5, 0.5)
     with pytest.raises(RequestError, match=r"round_multiplier= by name"):
         model_slim(model, 16)
-    with pytest.raises(RequestError, match="the model comes first, and this is a WeightPruningConfig"):
+    with pytest.raises(RequestError, match=r"the model comes first, and this is a WeightPruningConfig"):
         prepare_pruning(conf, model)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="the model comes first"):
+    with pytest.raises(RequestError, match=r"the model comes first"):
         prepare_compression(conf, model)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="that is none; say dataloader= by name"):
+    with pytest.raises(RequestError, match=r"that is none; say dataloader= by name"):
         prepare_pruning(model, conf, [torch.zeros(2, 8)])
-    with pytest.raises(RequestError, match="takes a fxslim.inc.WeightPruningConfig, not dict"):
+    with pytest.raises(RequestError, match=r"takes a fxslim.inc.WeightPruningConfig, not dict"):
         prepare_pruning(model, {"pattern": "4x1"})  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"a list with a dict for each pruner"):
         WeightPruningConfig(0.9)  # type: ignore[arg-type]
 
 
 def test_unknown_keys_of_calls_are_refused() -> None:
-    with pytest.raises(RequestError, match="'pruning_scop' is no key. Did you mean pruning_scope"):
+    with pytest.raises(RequestError, match=r"'pruning_scop' is no key. Did you mean pruning_scope"):
         parse_auto_slim_config(Net(), ffn2_sparsity=0.5, pruning_scop="local")
-    with pytest.raises(RequestError, match="Did you mean optimizer="):
+    with pytest.raises(RequestError, match=r"Did you mean optimizer="):
         prepare_compression(Net(), WeightPruningConfig(end_step=4), optimiser=None)
-    with pytest.raises(RequestError, match="one WeightPruningConfig"):
+    with pytest.raises(RequestError, match=r"one WeightPruningConfig"):
         prepare_compression(Net(), [WeightPruningConfig(end_step=4)] * 2)
-    with pytest.raises(RequestError, match="'pytorch' alone"):
+    with pytest.raises(RequestError, match=r"'pytorch' alone"):
         prepare_pruning(Net(), WeightPruningConfig(end_step=4), framework="keras")
     conf = WeightPruningConfig(end_step=4)
     conf.weight_compression["end_stp"] = 5  # as scripts did it
-    with pytest.raises(RequestError, match="Did you mean end_step"):
+    with pytest.raises(RequestError, match=r"Did you mean end_step"):
         PruningCallbacks(conf, Net())
 
 
@@ -199,7 +199,7 @@ def test_layers_are_named_by_regular_expressions_or_by_themselves() -> None:
     assert config is not None and config.include == ("1",)  # not 10 and 11, as a search would have it
     with pytest.raises(RequestError, match=r"leave no layer of the model: layers are linear1, linear2, head"):
         translated(op_names=["fc"])
-    with pytest.raises(RequestError, match="leave no layer"):
+    with pytest.raises(RequestError, match=r"leave no layer"):
         translated(pruning_op_types=["Conv"])
 
 

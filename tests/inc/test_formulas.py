@@ -176,7 +176,9 @@ def test_n_of_every_m() -> None:
 def test_one_shot_goes_before_the_first_step() -> None:
     """``start_step=end_step=0``, the defaults, with a score that needs no gradients."""
     model = net()
-    callbacks = prepare_compression(model, WeightPruningConfig(target_sparsity=0.6, pruning_type="magnitude", pattern="1x1")).callbacks
+    callbacks = prepare_compression(
+        model, WeightPruningConfig(target_sparsity=0.6, pruning_type="magnitude", pattern="1x1")
+    ).callbacks
     assert not (model.up.weight == 0).any()
     callbacks.on_train_begin()
     dense = net()

@@ -119,7 +119,7 @@ def test_data_may_come_when_training_begins() -> None:
     callbacks.on_train_begin(pairs())
     assert (model.up.weight == 0).sum() == 24
     callbacks.on_train_end()
-    with pytest.warns(UserWarning, match="wanda has seen no data"):
+    with pytest.warns(UserWarning, match=r"wanda has seen no data"):
         prepare_compression(net(), conf).callbacks.on_train_end()
 
 

@@ -90,16 +90,16 @@ def test_pruners_on_data_do_not_train(tmp_path: Path) -> None:
 def test_what_means_nothing_is_refused_before_training(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     conf = WeightPruningConfig([{"pattern": "mha"}], target_sparsity=0.5, end_step=6)
-    with pytest.raises(RequestError, match="takes a WeightPruningConfig"):
+    with pytest.raises(RequestError, match=r"takes a WeightPruningConfig"):
         trainer.prune()
     trainer.metrics = "eval_accuracy"  # type: ignore[assignment]
     with pytest.raises(RequestError, match=r"metrics.Metric\(name='eval_accuracy'\)"):
         trainer.prune(pruning_config=conf)
     trainer.metrics = [metrics.Metric(name="eval_acuracy")]
-    with pytest.raises(RequestError, match="no 'eval_acuracy'. Did you mean eval_accuracy"):
+    with pytest.raises(RequestError, match=r"no 'eval_acuracy'. Did you mean eval_accuracy"):
         trainer.prune(pruning_config=conf)
     assert trainer.state.global_step == 0
-    with pytest.raises(RequestError, match="name of a result"):
+    with pytest.raises(RequestError, match=r"name of a result"):
         metrics.Metric(name="")
 
 

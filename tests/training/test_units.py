@@ -525,3 +525,34 @@ def test_what_cannot_be_masked_is_refused() -> None:
     with pytest.raises(RequestError, match="no attention site was found"):
         fxslim.Pruner(two_layers(), fxslim.PruningConfig(heads=0.5, start=1, end=1),
                       example_inputs=Stack((Feed(),)).inputs())  # fmt: skip
+
+
+def test_a_model_that_was_inspected_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    found = fxslim.inspect(model, batch(0))
+    monkeypatch.setattr("fxslim.api.inspect", None)
+    config = fxslim.PruningConfig(ffn=0.5, score="l1", start=1, end=1)
+    pruner = fxslim.Pruner(model, config, found=found)
+    assert pruner.units is not None and pruner.units.sites
+    pruner.release()
+    with pytest.raises(InputError, match="about another model"):
+        fxslim.Pruner(model_of(), config, found=found)
+
+
+def test_a_target_can_be_reached_at_once() -> None:
+    model = model_of()
+    pruner = pruner_of(model, score="l1", weights=fxslim.WeightMasks(fraction=0.5, portions=3), start=1, end=9)
+    pruner.reach()
+    assert pruner.sparsity()["ffn"] == 0.5
+    gone, count = (
+        sum(int((layer.weight == 0).sum()) for layer in layers_of(model)),
+        sum(layer.weight.numel() for layer in layers_of(model)),
+    )
+    assert gone >= count // 2
+    pruner.release()
+    with pytest.raises(InputError, match="reach"):
+        pruner.reach()
+
+
+def layers_of(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
