@@ -99,8 +99,8 @@ class Wish:
             return
         if SCORES[self.criterion].gradients:
             raise RequestError(
-                f"pruning_type={self.criterion!r} reads gradients, and end_step=0 is before the first one: say at which "
-                "optimizer step the target is reached, end_step=…, or take pruning_type='magnitude'."
+                f"pruning_type={self.criterion!r} reads gradients, and end_step=0 is before the first one: say at "
+                "which optimizer step the target is reached, end_step=…, or take pruning_type='magnitude'."
             )
         if self.lasso:
             raise RequestError("a group lasso acts until end_step, and end_step=0: say when the target is reached.")

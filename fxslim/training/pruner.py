@@ -54,8 +54,8 @@ class Pruner:
         teacher: the dense model for distillation; None for a copy of the model as it is now.
         calibration: an iterable of batches (see `fxslim.plan`): whenever units are masked, weights and biases around
             them are fitted to what the model computed before. It takes seconds, so updates should be few (``every``).
-        found: what `fxslim.inspect` said of this model, which is not traced again: nothing but masks may have changed it
-            since.
+        found: what `fxslim.inspect` said of this model, which is not traced again: nothing but masks may have
+            changed it since.
 
     Raises:
         InputError: something does not fit, or is missing.

@@ -381,6 +381,41 @@ def test_a_schedule_that_training_does_not_reach_is_told() -> None:
     assert zeros == 4 * D * F // 2
 
 
+def test_pruners_that_overlap_hold_together() -> None:
+    """Heads, blocks of the weights behind them, and single weights before them, on one model and one schedule each."""
+    model = bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    pruners = [
+        {"pattern": "mha"},
+        {"op_names": ["attention.output.dense"], "end_step": 3},
+        {"pattern": "1x1", "op_names": ["query"]},
+    ]
+    callbacks = prepare_pruning(model, WeightPruningConfig(pruners, target_sparsity=0.5, end_step=4), optimizer)
+    x = torch.arange(14).reshape(2, 7)
+    for _ in range(6):
+        model(x).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert callbacks.sparsity == {"heads": 0.5, "weights": 0.5, "weights 2": 0.5}
+    callbacks.on_train_end()
+    attention = model.encoder.layer[0].attention
+    output, query = attention.output.dense.weight.detach(), attention.self.query.weight.detach()
+    assert (output == 0).all(0).reshape(4, 4).all(1).sum() == 2  # heads
+    assert (output == 0).reshape(4, 4, 16).all(1).sum() >= 32  # blocks of four outputs
+    assert (query == 0).sum() == 128
+    with torch.no_grad():
+        before = model.eval()(x).last_hidden_state
+        assert torch.allclose(model_slim(model)(x).last_hidden_state, before, rtol=0, atol=1e-12)
+    assert query.shape == (16, 16) and attention.self.query.weight.shape == (8, 16)
+
+
+def test_attentions_can_be_left_alone() -> None:
+    model = bert()
+    conf = WeightPruningConfig([{"pattern": "mha", "excluded_op_names": ["layer.0"]}], end_step=4)
+    with pytest.raises(RequestError, match=r"there are no heads to take out. encoder.layer.0.attention:attention"):
+        prepare_compression(model, conf)
+
+
 # Conv1D -----------------------------------------------------------------------------------------------------------
 
 
