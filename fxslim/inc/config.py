@@ -229,6 +229,7 @@ def _dicts(given: Any) -> Sequence[Mapping[str, Any]]:
 def _wish(given: Mapping[str, Any], *, exact: bool) -> Wish:
     """Check a pruner's keys; ``exact`` tells whether they say how much goes."""
     kind, portions = _type(given["pruning_type"])
+    lasso = _lasso(given, kind)
     criterion, kind = _criterion(given, kind)
     pattern = _pattern(given["pattern"])
     start, end, every = (_whole(name, given[name]) for name in ("start_step", "end_step", "pruning_frequency"))
@@ -239,6 +240,19 @@ def _wish(given: Mapping[str, Any], *, exact: bool) -> Wish:
     _one_of("pruning_scope", given["pruning_scope"], ("global", "local"))
     _one_of("sparsity_decay_type", given["sparsity_decay_type"], DECAYS)
     _one_of("criterion_reduce_type", given["criterion_reduce_type"], ("mean", "sum", "max"))
+    idle = [
+        (
+            "criterion_reduce_type",
+            given["criterion_reduce_type"] != "mean" and (criterion == "block_mask" or pattern == "mha"),
+        ),
+        ("reg_type='group_lasso'", lasso and (pattern == "mha" or kind in (*WITH_DATA, "pattern_lock"))),
+        ("pruning_type='pattern_lock'", kind == "pattern_lock" and pattern == "mha"),
+    ]
+    for name, nothing in idle:
+        if nothing:
+            raise RequestError(
+                f"{name} has no meaning with pruning_type={kind!r} and pattern={pattern!r}: leave it out."
+            )
     for name in ("low_memory_usage", "resume_from_pruned_checkpoint"):
         if not isinstance(given[name], bool):
             raise RequestError(f"{name}={given[name]!r}: give True or False.")
@@ -269,7 +283,7 @@ def _wish(given: Mapping[str, Any], *, exact: bool) -> Wish:
         decay=given["sparsity_decay_type"],
         types=_types(given["pruning_op_types"]),
         reduce=given["criterion_reduce_type"],
-        lasso=_lasso(given, kind),
+        lasso=lasso,
         portions=portions,
     )
 

@@ -313,6 +313,10 @@ def prepare_pruning(
         raise RequestError(f"optimizer={type(optimizer).__name__}: that is none; say dataloader= by name.")
     made = PruningCallbacks(config, model, optimizer=optimizer, dataloader=dataloader, loss_func=loss_func)
     if optimizer is not None:
-        made.attach(optimizer)
-        made.on_step_begin()
+        try:
+            made.attach(optimizer)
+            made.on_step_begin()
+        except BaseException:
+            made.release()
+            raise
     return made

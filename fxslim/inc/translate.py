@@ -62,7 +62,7 @@ class Finder:
                 self._found = fxslim.api.inspect(self.model, self.example)
             except InputError as error:
                 how = (
-                    "" if self.dataloader is not None else " In fxslim.inc, dataloader= gives them, by its first batch."
+                    "" if self.dataloader is not None else " In fxslim.inc, the first batch of dataloader= gives them."
                 )
                 self._found = InputError(f"{error}{how}")
             except FxslimError as error:
@@ -138,7 +138,7 @@ def _weights(wish: Wish, finder: Finder, notes: list[Note]) -> PruningConfig:
         kinds=tuple(dict.fromkeys(layer.kind for layer in chosen)),
         lock=wish.locks,
         lasso=wish.lasso,
-        reduce="mean" if wish.criterion == "block_mask" else wish.reduce,
+        reduce=wish.reduce,
         portions=wish.portions,
     )
     common = _common(wish) | ({"scope": "local", "limits": (0.0, 1.0)} if wish.locks else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -266,6 +267,9 @@ CASES: dict[str, Callable[[nn.Module, Any], object]] = {
     ),
     "data of another kind": lambda model, optimizer: prepare_pruning(
         model, WeightPruningConfig([{}, {"pruning_type": "wanda", "pattern": "1x1"}], end_step=4), optimizer, ["text"]
+    ),
+    "an optimizer that cannot be seen": lambda model, optimizer: prepare_pruning(
+        model, WeightPruningConfig(end_step=4), types.SimpleNamespace(param_groups=[], state={})
     ),
     "no optimizer at all": lambda model, optimizer: prepare_pruning(model, WeightPruningConfig(end_step=4), model),
     "limits": lambda model, optimizer: prepare_pruning(
