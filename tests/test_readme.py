@@ -1,4 +1,4 @@
-"""The README tells the truth: its Python runs, its commands exist, its files are there."""
+"""The README and MIGRATING.md tell the truth: their Python runs, commands exist, files are there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import fxslim
 from fxslim.cli import app
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "MIGRATING.md")}
 
 
-def blocks(language: str) -> list[str]:
-    """Return the README's code blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    """Return a page's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], flags=re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[list[str]]:
@@ -26,14 +27,14 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines if line]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_every_python_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "code"), [(page, code) for page in PAGES for code in blocks("python", page)])
+def test_every_python_block_runs(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, page, "exec"), {"__name__": "readme"})
 
 
 def test_there_are_examples_to_check() -> None:
-    assert blocks("python")
+    assert all(blocks("python", page) for page in PAGES)
     assert commands()
 
 
@@ -53,5 +54,15 @@ def test_every_fxslim_command_and_option_exists() -> None:
 
 
 def test_every_linked_file_exists() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    links = [link for page in PAGES.values() for link in re.findall(r"\]\(([^)#]+)\)", page) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_name_that_migrating_imports_or_says_exists() -> None:
+    page = PAGES["MIGRATING.md"]
+    for names in re.findall(r"`from fxslim\.inc import ([\w, ]+)`", page):
+        assert all(hasattr(fxslim.inc, name.strip()) for name in names.split(","))
+    old = {name.strip() for names in re.findall(r"`from (?:neural|intel)[\w.]+ import ([\w, ]+)`", page)
+           for name in names.split(",")}  # fmt: skip
+    assert old and old <= set(fxslim.inc.__all__)
+    assert all(hasattr(fxslim, name) for name in re.findall(r"`fxslim\.(\w+)", page))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxslim.api
 from fxslim.errors import InputError
 from fxslim.plan import Note
+from fxslim.report import Inspection
 from fxslim.training.checkpoint import State, read, write
 from fxslim.training.config import PruningConfig
 from fxslim.training.distill import Teaching
@@ -53,6 +54,8 @@ class Pruner:
         teacher: the dense model for distillation; None for a copy of the model as it is now.
         calibration: an iterable of batches (see `fxslim.plan`): whenever units are masked, weights and biases around
             them are fitted to what the model computed before. It takes seconds, so updates should be few (``every``).
+        found: what `fxslim.inspect` said of this model, which is not traced again: nothing but masks may have
+            changed it since.
 
     Raises:
         InputError: something does not fit, or is missing.
@@ -69,6 +72,7 @@ class Pruner:
         steps: int | None = None,
         teacher: nn.Module | None = None,
         calibration: Any = None,
+        found: Inspection | None = None,
     ) -> None:
         if not isinstance(config, PruningConfig):
             raise InputError(f"config takes a fxslim.PruningConfig, not {type(config).__name__}.")
@@ -89,7 +93,10 @@ class Pruner:
         if config.weights is not None:
             self.weights = MaskedWeights(self.model, config)
         if config.units:
-            found = fxslim.api.inspect(self.model, example_inputs)
+            if found is None:
+                found = fxslim.api.inspect(self.model, example_inputs)
+            elif found.analysis is None or found.analysis.model is not self.model:
+                raise InputError("found= is about another model.")
             self.estimate = Estimate(found)
             self.mending = None if calibration is None else Mending(self.model, found, calibration)
             self.units = MaskedUnits(self.model, found, config)
@@ -141,6 +148,14 @@ class Pruner:
             for part in self._parts():
                 part.enforce()
 
+    def reach(self) -> None:
+        """Mask now what is missing to the target."""
+        self._check_open("reach")
+        self._update(1.0)
+        while self.weights is not None and self.weights.due:
+            self.weights.portion()
+        self._follow()
+
     def finish(self) -> None:
         """Take the masks off a model that has reached its target; zeros are left, for `fxslim.slim` to take out.
 
@@ -155,9 +170,7 @@ class Pruner:
                 "the rest is masked now, and nothing has recovered from it.",
                 stacklevel=2,
             )
-            self._update(1.0)
-            while self.weights is not None and self.weights.due:
-                self.weights.portion()
+            self.reach()
         self._follow()
         self.release()
 
@@ -170,16 +183,19 @@ class Pruner:
             self.teaching.release()
         self.finished = True
 
+    def sparsity(self) -> dict[str, float]:
+        """Return the masked fraction of units, by kind, and of weights."""
+        return {name: value for part in self._parts() for name, value in part.sparsity().items()}
+
     def figures(self) -> Figures:
         """Return what pruning has come to."""
-        sparsity = {name: value for part in self._parts() for name, value in part.sparsity().items()}
         left = quantiles([part.scores() for part in self._parts()])
         parts = () if self.units is None else self.units.parts()
         if self.estimate is None:
             count, share = sum(p.numel() for p in self.model.parameters()), 1.0
         else:
             count, share = self.estimate.parameters(parts), self.estimate.macs(parts)
-        return Figures(self.step, sparsity, left, count, share)
+        return Figures(self.step, self.sparsity(), left, count, share)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write masks, scores and schedule into a folder, beside a checkpoint of the model."""

@@ -99,7 +99,7 @@ def by_hand(score: str, weights: list[np.ndarray], gradients: list[np.ndarray], 
     return total
 
 
-@pytest.mark.parametrize("score", [name for name in SCORES if name != "magnitude"])
+@pytest.mark.parametrize("score", [name for name in SCORES if SCORES[name].gradients])
 def test_scores_over_steps(score: str) -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -133,6 +133,22 @@ def test_magnitude_is_the_norm_of_what_a_unit_owns() -> None:
     )
     assert np.allclose(site(pruner, "ffn").score.numpy(), expected, rtol=1e-6)
     assert set(np.flatnonzero(site(pruner, "ffn").gone)) == set(np.argsort(expected)[:4])
+
+
+def test_l1_is_the_sum_of_what_reads_a_unit() -> None:
+    model = model_of()
+    pruner = pruner_of(model, score="l1", schedule="one_shot", start=1, end=1)
+    state = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+    pruner.before_step()
+    pruner.after_step()
+    for asked, expected in (
+        ("ffn", np.abs(state["down.weight"]).sum(0)),
+        ("heads", np.abs(state["o.weight"]).sum(0).reshape(-1, 2).sum(1)),
+    ):
+        own = site(pruner, asked)
+        assert np.allclose(own.score.numpy(), expected, rtol=1e-12)
+        assert set(np.flatnonzero(own.gone)) == set(np.argsort(expected)[: own.gone.sum()])
+        assert own.gone.any()
 
 
 def test_masked_units_learn_nothing_and_leave_no_trace() -> None:
@@ -509,3 +525,34 @@ def test_what_cannot_be_masked_is_refused() -> None:
     with pytest.raises(RequestError, match="no attention site was found"):
         fxslim.Pruner(two_layers(), fxslim.PruningConfig(heads=0.5, start=1, end=1),
                       example_inputs=Stack((Feed(),)).inputs())  # fmt: skip
+
+
+def test_a_model_that_was_inspected_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    found = fxslim.inspect(model, batch(0))
+    monkeypatch.setattr("fxslim.api.inspect", None)
+    config = fxslim.PruningConfig(ffn=0.5, score="l1", start=1, end=1)
+    pruner = fxslim.Pruner(model, config, found=found)
+    assert pruner.units is not None and pruner.units.sites
+    pruner.release()
+    with pytest.raises(InputError, match="about another model"):
+        fxslim.Pruner(model_of(), config, found=found)
+
+
+def test_a_target_can_be_reached_at_once() -> None:
+    model = model_of()
+    pruner = pruner_of(model, score="l1", weights=fxslim.WeightMasks(fraction=0.5, portions=3), start=1, end=9)
+    pruner.reach()
+    assert pruner.sparsity()["ffn"] == 0.5
+    gone, count = (
+        sum(int((layer.weight == 0).sum()) for layer in layers_of(model)),
+        sum(layer.weight.numel() for layer in layers_of(model)),
+    )
+    assert gone >= count // 2
+    pruner.release()
+    with pytest.raises(InputError, match="reach"):
+        pruner.reach()
+
+
+def layers_of(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
