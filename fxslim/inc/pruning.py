@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from fxslim.asked import nearest
@@ -236,7 +237,7 @@ class CompressionManager:
         self.model, self.callbacks = model, callbacks
 
     def save(self, root: str | Path) -> None:
-        """Write the model into a folder: a model of transformers as its class does it, others as a ``state_dict``.
+        """Write the model into a folder: a model of transformers as its class does it, others as safetensors.
 
         A narrowed model of transformers is written by `fxslim.save_pretrained`.
         """
@@ -244,7 +245,7 @@ class CompressionManager:
         inner: Any = unwrapped(self.model)
         if not hasattr(inner, "save_pretrained"):
             place.mkdir(parents=True, exist_ok=True)
-            torch.save(inner.state_dict(), place / "pytorch_model.bin")
+            save_model(inner, str(place / "model.safetensors"))
         elif hasattr(inner, "fxslim"):
             from fxslim.hf import save_pretrained
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hub
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fxslim
@@ -102,3 +103,17 @@ def test_half_of_a_model_goes_and_comes_back(name: str, tmp_path: Path) -> None:
         again = fxslim.from_pretrained(tmp_path / "small").eval()
         assert next(again.parameters()).dtype == torch.float64
         assert torch.allclose(again(**given).logits, expected, rtol=0, atol=1e-10)
+
+
+def test_a_model_of_ones_own_is_saved_as_safetensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    config = WeightPruningConfig(target_sparsity=0.5, pruning_type="magnitude", excluded_op_names=["2"])
+    manager = prepare_compression(model, config)
+    manager.callbacks.on_train_begin()
+    manager.callbacks.on_train_end()
+    manager.save(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors"}
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+    assert (written["0.weight"] == 0).float().mean() == 0.5
