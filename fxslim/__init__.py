@@ -11,7 +11,7 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fxslim import count, errors, timer
+    from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
     from fxslim.errors import FxslimError
     from fxslim.hf import from_pretrained, save_pretrained
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBMODULES = frozenset({"count", "errors", "timer"})
+_SUBMODULES = frozenset({"count", "errors", "inc", "timer"})
 _HOMES = MappingProxyType(
     {
         **dict.fromkeys(("compile", "inspect", "masked", "plan", "slim", "verify"), "fxslim.api"),
@@ -59,6 +59,7 @@ __all__ = [
     "count",
     "errors",
     "from_pretrained",
+    "inc",
     "inspect",
     "macs",
     "masked",

@@ -52,10 +52,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"asked", "api"}),
     frozenset({"training"}),
     frozenset({"hf", "cli", "demo"}),
+    frozenset({"inc"}),
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""
 
-TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "exporter", "callback"})
+TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "exporter", "callback", "trainer"})
 """Modules whose subject is transformers: nothing else imports it."""
 
 

@@ -141,6 +141,14 @@ class Pruner:
             for part in self._parts():
                 part.enforce()
 
+    def reach(self) -> None:
+        """Mask now what is missing to the target."""
+        self._check_open("reach")
+        self._update(1.0)
+        while self.weights is not None and self.weights.due:
+            self.weights.portion()
+        self._follow()
+
     def finish(self) -> None:
         """Take the masks off a model that has reached its target; zeros are left, for `fxslim.slim` to take out.
 
@@ -155,9 +163,7 @@ class Pruner:
                 "the rest is masked now, and nothing has recovered from it.",
                 stacklevel=2,
             )
-            self._update(1.0)
-            while self.weights is not None and self.weights.due:
-                self.weights.portion()
+            self.reach()
         self._follow()
         self.release()
 
@@ -170,16 +176,19 @@ class Pruner:
             self.teaching.release()
         self.finished = True
 
+    def sparsity(self) -> dict[str, float]:
+        """Return the masked fraction of units, by kind, and of weights."""
+        return {name: value for part in self._parts() for name, value in part.sparsity().items()}
+
     def figures(self) -> Figures:
         """Return what pruning has come to."""
-        sparsity = {name: value for part in self._parts() for name, value in part.sparsity().items()}
         left = quantiles([part.scores() for part in self._parts()])
         parts = () if self.units is None else self.units.parts()
         if self.estimate is None:
             count, share = sum(p.numel() for p in self.model.parameters()), 1.0
         else:
             count, share = self.estimate.parameters(parts), self.estimate.macs(parts)
-        return Figures(self.step, sparsity, left, count, share)
+        return Figures(self.step, self.sparsity(), left, count, share)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write masks, scores and schedule into a folder, beside a checkpoint of the model."""

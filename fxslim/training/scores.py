@@ -30,6 +30,7 @@ class Score:
         decay: what stays of the score from one step to the next.
         mean: whether a step's part is weighed so that the score is a mean, not a sum.
         per_cost: whether it is divided by the number of weights that would go.
+        owned: whether a unit counts by the norm of all that it owns, not by what reads it.
     """
 
     of: Literal["weight", "gradient", "product", "mask"]
@@ -37,6 +38,7 @@ class Score:
     decay: float = 0.0
     mean: bool = False
     per_cost: bool = False
+    owned: bool = False
 
     @property
     def memory(self) -> bool:
@@ -80,7 +82,8 @@ class Score:
 
 SCORES: Mapping[str, Score] = MappingProxyType(
     {
-        "magnitude": Score("weight"),
+        "magnitude": Score("weight", owned=True),
+        "l1": Score("weight"),
         "gradient": Score("gradient"),
         "snip": Score("product"),
         "snip_momentum": Score("product", decay=0.9),
@@ -89,6 +92,6 @@ SCORES: Mapping[str, Score] = MappingProxyType(
         "block_mask": Score("mask", decay=0.9),
     }
 )
-"""magnitude |W|; gradient |g|; snip |W·g| (Lee et al. 2019); snip_momentum S ← 0.9·S + |W·g|; taylor mean of |m·∂L/∂m|
-(Molchanov et al. 2017); fisher mean of (m·∂L/∂m)² per weight that goes (Kwon et al. 2022); block_mask
-S ← 0.9·S + |∂L/∂m|. Of units, magnitude is the norm of all that they own, not of what reads them alone."""
+"""magnitude |W|, of units the norm of all that they own; l1 |W|, of units the sum over what reads them; gradient |g|; snip
+|W·g| (Lee et al. 2019); snip_momentum S ← 0.9·S + |W·g|; taylor mean of |m·∂L/∂m| (Molchanov et al. 2017); fisher mean of
+(m·∂L/∂m)² per weight that goes (Kwon et al. 2022); block_mask S ← 0.9·S + |∂L/∂m|."""

@@ -160,7 +160,7 @@ class MaskedUnits:
         """
         if not self.score.gradients:
             return
-        seen = [own.sums(lambda piece: self._rows(piece, scale)) for own in self.sites]
+        seen = self.sums(scale)
         for mask in self.leaves.values():
             mask.grad = None
         costs = [own.cost if self.score.per_cost else 1 for own in self.sites]
@@ -170,14 +170,24 @@ class MaskedUnits:
         for own, step in zip(self.sites, steps, strict=True):
             own.score = self.score.after(own.score, step, self.config.decay)
 
+    def sums(self, scale: float = 1.0) -> list[Tensor]:
+        """Return what the gradients of a step say of every unit, summed over what reads it.  (units,) for every site
+
+        Args:
+            scale: see `observe`.
+        """
+        return [own.sums(lambda piece: self._rows(piece, scale)) for own in self.sites]
+
     def _rows(self, piece: Slice, scale: float) -> Tensor | None:
         """Return what a step says of the rows of a consumer.  (rows,)"""
         if piece.hook in self.leaves:
             mask = self.leaves[piece.hook]
             return None if mask.grad is None else averaged(mask.grad * mask.detach()) / scale
+        return None if self.tensors[piece.tensor].grad is None else self._read(piece)
+
+    def _read(self, piece: Slice) -> Tensor:
+        """Return what is summed over the weights that read the rows of a consumer.  (rows,)"""
         weight = self.tensors[piece.tensor]
-        if weight.grad is None:
-            return None
         values = self.score.elements(weight, weight.grad)
         if piece.lead is None:
             return values.movedim(piece.dim, 0).reshape(piece.size, -1).sum(1)
@@ -209,12 +219,7 @@ class MaskedUnits:
             change: the fraction that goes at the end -> the one that goes now.
         """
         request = self.config.request(change)
-        if self.score.gradients:
-            scores = {own.site.name: own.score.double().cpu().numpy() for own in self.sites}
-        else:
-            scores = {own.site.name: measure(own.site, named_tensors(self.model)).scores for own in self.sites}
-            for own in self.sites:
-                own.score = torch.from_numpy(scores[own.site.name]).to(own.score)
+        scores = {own.site.name: self._scores(own) for own in self.sites}
         requests = self._shared(change, scores) if self.config.scope == "global" else {}
         chosen = []
         for own in self.sites:
@@ -226,6 +231,17 @@ class MaskedUnits:
         for own, gone in zip(self.sites, np.split(every, np.cumsum([len(gone) for gone in chosen])[:-1]), strict=True):
             own.gone = gone.copy()
         self._set_masks()
+
+    def _scores(self, own: MaskedSite) -> np.ndarray:
+        """Return the scores of a site's units; those of weights are as the weights are now."""
+        if self.score.owned:
+            norms = measure(own.site, named_tensors(self.model)).scores
+            own.score = torch.from_numpy(norms).to(own.score)
+            return norms
+        if not self.score.gradients:
+            own.score = own.sums(self._read)
+        scores: np.ndarray = own.score.double().cpu().numpy()
+        return scores
 
     def _shared(self, change: Callable[[float], float], scores: Mapping[str, np.ndarray]) -> dict[str, Request]:
         """Return what is asked of every site, by one threshold over all sites whose units are called the same.
