@@ -93,6 +93,18 @@ class Wish:
         """Tell whether it masks what is zero already, and nothing else."""
         return self.kind == "pattern_lock"
 
+    def check_end(self) -> None:
+        """Raise RequestError where the target is reached before there is anything to go by."""
+        if self.end or self.on_data or self.locks:
+            return
+        if SCORES[self.criterion].gradients:
+            raise RequestError(
+                f"pruning_type={self.criterion!r} reads gradients, and end_step=0 is before the first one: say at which "
+                "optimizer step the target is reached, end_step=…, or take pruning_type='magnitude'."
+            )
+        if self.lasso:
+            raise RequestError("a group lasso acts until end_step, and end_step=0: say when the target is reached.")
+
 
 class WeightPruningConfig:
     """What goes of which layers, how fast, and by which score.
@@ -102,7 +114,7 @@ class WeightPruningConfig:
 
     Args:
         pruning_configs: a dict for each pruner; see `fxslim.inc.parse_auto_slim_config`.
-        target_sparsity: fraction that goes, from 0 up to 1. Of ``N:M`` it is N/M, which 0.9, the default, stands for.
+        target_sparsity: fraction that goes, from 0 up to 1; of ``N:M`` it is N/M, and 0.9, the default, stands for that.
         pruning_type: ``snip_momentum``, ``snip``, ``magnitude``, ``gradient``, ``block_mask`` (each also with
             ``_progressive``), ``pattern_lock``, ``group_lasso``, or on data ``sparse_gpt``, ``wanda``, ``retrain_free``.
         pattern: ``NxM`` blocks of N outputs by M inputs, ``1x1``, ``channelx1``, ``1xchannel``, ``N:M``, ``mha``.
@@ -242,14 +254,6 @@ def _wish(given: Mapping[str, Any], *, exact: bool) -> Wish:
     fraction = _fraction(given["target_sparsity"] if exact else None, pattern, high, kind)
     if low > min(fraction, high) and kind != "pattern_lock":
         raise RequestError(f"min_sparsity_ratio_per_op={low} is more than goes in all, {min(fraction, high)}.")
-    if kind not in WITH_DATA and kind != "pattern_lock" and end == 0 and SCORES[criterion].gradients:
-        raise RequestError(
-            f"pruning_type={criterion!r} reads gradients, and end_step=0 is before the first one: say at which "
-            "optimizer step the target is reached, end_step=…, or take pruning_type='magnitude'."
-        )
-    lasso = _lasso(given, kind)
-    if lasso and not end:
-        raise RequestError("a group lasso acts until end_step, and end_step=0: say when the target is reached.")
     return Wish(
         kind=kind,
         criterion=criterion,
@@ -265,7 +269,7 @@ def _wish(given: Mapping[str, Any], *, exact: bool) -> Wish:
         decay=given["sparsity_decay_type"],
         types=_types(given["pruning_op_types"]),
         reduce=given["criterion_reduce_type"],
-        lasso=lasso,
+        lasso=_lasso(given, kind),
         portions=portions,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from fxslim.calibration import LABELS
 from fxslim.errors import InputError, RequestError
+from fxslim.inputs import bind
 
 
 def check_loader(dataloader: Any, instead: str) -> None:
@@ -36,9 +38,13 @@ def check_model(model: Any, call: str) -> None:
 
 
 def example_of(model: nn.Module, dataloader: Any) -> Any:
-    """Return inputs to trace a model with: the first batch; None for models that say themselves what they take."""
-    if dataloader is None or hasattr(getattr(model, "config", None), "to_dict"):
+    """Return inputs to trace a model with: None where its config tells what it takes, else the first batch."""
+    if dataloader is None:
         return None
+    if hasattr(getattr(model, "config", None), "to_dict"):
+        with suppress(InputError):
+            bind(model, None)
+            return None
     try:
         return next(inputs_of(model, dataloader))
     except StopIteration:

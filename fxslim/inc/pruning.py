@@ -65,6 +65,8 @@ class PruningCallbacks:
         self._handles: list[Any] = []
         self._notes: list[Note] = []
         wishes = conf.wishes()
+        for wish in wishes:
+            wish.check_end()
         self._waiting = [wish for wish in wishes if wish.on_data]
         if any(wish.lasso for wish in wishes) and optimizer is None:
             raise RequestError("group_lasso needs the learning rate: give optimizer=, to prepare_pruning.")
@@ -86,8 +88,8 @@ class PruningCallbacks:
         config, notes = native(wish, finder)
         self._notes += notes
         if config is not None:
-            example = finder.example if config.units else None
-            pruner = Pruner(self.model, config, example_inputs=example, optimizer=optimizer)
+            found = finder.found if config.units else None
+            pruner = Pruner(self.model, config, optimizer=optimizer, found=found)
             pruner.timeline = updates(wish)
             self.pruners.append(pruner)
 

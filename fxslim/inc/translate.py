@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import fxslim.api
-from fxslim.errors import FxslimError, RequestError
+from fxslim.errors import FxslimError, InputError, RequestError
 from fxslim.inc.config import Wish
 from fxslim.inc.data import example_of
 from fxslim.passes.choose import FFN
@@ -60,6 +60,9 @@ class Finder:
         if self._found is None:
             try:
                 self._found = fxslim.api.inspect(self.model, self.example)
+            except InputError as error:
+                how = "" if self.dataloader is not None else " In fxslim.inc, dataloader= gives them, by its first batch."
+                self._found = InputError(f"{error}{how}")
             except FxslimError as error:
                 self._found = error
         if isinstance(self._found, FxslimError):

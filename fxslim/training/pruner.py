@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxslim.api
 from fxslim.errors import InputError
 from fxslim.plan import Note
+from fxslim.report import Inspection
 from fxslim.training.checkpoint import State, read, write
 from fxslim.training.config import PruningConfig
 from fxslim.training.distill import Teaching
@@ -53,6 +54,7 @@ class Pruner:
         teacher: the dense model for distillation; None for a copy of the model as it is now.
         calibration: an iterable of batches (see `fxslim.plan`): whenever units are masked, weights and biases around
             them are fitted to what the model computed before. It takes seconds, so updates should be few (``every``).
+        found: what `fxslim.inspect` said of this model, which is not traced again; nothing but masks may have changed it.
 
     Raises:
         InputError: something does not fit, or is missing.
@@ -69,6 +71,7 @@ class Pruner:
         steps: int | None = None,
         teacher: nn.Module | None = None,
         calibration: Any = None,
+        found: Inspection | None = None,
     ) -> None:
         if not isinstance(config, PruningConfig):
             raise InputError(f"config takes a fxslim.PruningConfig, not {type(config).__name__}.")
@@ -89,7 +92,10 @@ class Pruner:
         if config.weights is not None:
             self.weights = MaskedWeights(self.model, config)
         if config.units:
-            found = fxslim.api.inspect(self.model, example_inputs)
+            if found is None:
+                found = fxslim.api.inspect(self.model, example_inputs)
+            elif found.analysis is None or found.analysis.model is not self.model:
+                raise InputError("found= is about another model.")
             self.estimate = Estimate(found)
             self.mending = None if calibration is None else Mending(self.model, found, calibration)
             self.units = MaskedUnits(self.model, found, config)

@@ -92,6 +92,6 @@ SCORES: Mapping[str, Score] = MappingProxyType(
         "block_mask": Score("mask", decay=0.9),
     }
 )
-"""magnitude |W|, of units the norm of all that they own; l1 |W|, of units the sum over what reads them; gradient |g|; snip
-|W·g| (Lee et al. 2019); snip_momentum S ← 0.9·S + |W·g|; taylor mean of |m·∂L/∂m| (Molchanov et al. 2017); fisher mean of
-(m·∂L/∂m)² per weight that goes (Kwon et al. 2022); block_mask S ← 0.9·S + |∂L/∂m|."""
+"""magnitude |W|, of units the norm of all that they own; l1 |W|, of units the sum over what reads them; gradient |g|;
+snip |W·g| (Lee et al. 2019); snip_momentum S ← 0.9·S + |W·g|; taylor mean of |m·∂L/∂m| (Molchanov et al. 2017); fisher
+mean of (m·∂L/∂m)² per weight that goes (Kwon et al. 2022); block_mask S ← 0.9·S + |∂L/∂m|."""

@@ -99,7 +99,7 @@ def by_hand(score: str, weights: list[np.ndarray], gradients: list[np.ndarray], 
     return total
 
 
-@pytest.mark.parametrize("score", [name for name in SCORES if name != "magnitude"])
+@pytest.mark.parametrize("score", [name for name in SCORES if SCORES[name].gradients])
 def test_scores_over_steps(score: str) -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -133,6 +133,22 @@ def test_magnitude_is_the_norm_of_what_a_unit_owns() -> None:
     )
     assert np.allclose(site(pruner, "ffn").score.numpy(), expected, rtol=1e-6)
     assert set(np.flatnonzero(site(pruner, "ffn").gone)) == set(np.argsort(expected)[:4])
+
+
+def test_l1_is_the_sum_of_what_reads_a_unit() -> None:
+    model = model_of()
+    pruner = pruner_of(model, score="l1", schedule="one_shot", start=1, end=1)
+    state = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+    pruner.before_step()
+    pruner.after_step()
+    for asked, expected in (
+        ("ffn", np.abs(state["down.weight"]).sum(0)),
+        ("heads", np.abs(state["o.weight"]).sum(0).reshape(-1, 2).sum(1)),
+    ):
+        own = site(pruner, asked)
+        assert np.allclose(own.score.numpy(), expected, rtol=1e-12)
+        assert set(np.flatnonzero(own.gone)) == set(np.argsort(expected)[: own.gone.sum()])
+        assert own.gone.any()
 
 
 def test_masked_units_learn_nothing_and_leave_no_trace() -> None:
