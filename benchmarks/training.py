@@ -103,7 +103,8 @@ class Bench:
         if config.teaching is not None:
             found["teacher"] = self.teacher
         if setting.repair:
-            every = [task.batch(range(start, start + 32)) for start in range(0, min(CALIBRATION, len(task.labels)), 32)]
+            rows = range(min(CALIBRATION, len(task.labels)))
+            every = [task.batch(rows[start : start + 32]) for start in range(0, len(rows), 32)]
             found["calibration"] = [{name: own[name] for name in ("input_ids", "attention_mask")} for own in every]
         return found
 
