@@ -6,8 +6,10 @@ of sentences of about one length, and what the dense model says of a row is comp
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ POOL = 50
 """Batches that are sorted by length together."""
 SHARPNESS = 20.0
 """By what CoSENT multiplies differences of cosines."""
+MORE = 32
+"""Pairs of a batch that have no score: sentences of other data, about which the teacher alone says something."""
 
 Inputs = dict[str, Tensor]
 
@@ -56,6 +60,8 @@ class Phrases:
     key, name, unit = "sst2", "SST-2", "accuracy, %"
     splits = ("dev", "test")
     headline = "dev"
+    logits = 1.0
+    """How much what the teacher says counts."""
 
     def __init__(self, data: Path, subset: int | None = None) -> None:
         from transformers import AutoTokenizer
@@ -93,6 +99,10 @@ class Phrases:
         """Return the inputs of rows.  (B, S), labels (B,)"""
         padded = self.tokenizer.pad({"input_ids": [self.ids[i] for i in rows]}, return_tensors="pt")
         return {**{name: padded[name] for name in ("input_ids", "attention_mask")}, "labels": self.labels[list(rows)]}
+
+    def more(self, batch: Inputs) -> Inputs:
+        """Add nothing: the labelled phrases are many."""
+        return batch
 
     def scores(self, model: nn.Module) -> dict[str, float]:
         """Return the accuracy on every split."""
@@ -145,9 +155,9 @@ class Pair(nn.Module):
 
 
 def cosent(cosines: Tensor, scores: Tensor) -> Tensor:
-    """Return log(1 + Σ exp(20·(cos_j - cos_i))) over all pairs of rows with score_i > score_j.  (B,), (B,) -> ()"""
+    """Return log(1 + Σ exp(20·(cos_j - cos_i))) over rows with score_i > score_j; NaN is no score.  (B,), (B,) -> ()"""
     apart = SHARPNESS * (cosines[None, :] - cosines[:, None])
-    apart = apart.masked_fill(scores[:, None] <= scores[None, :], -torch.inf).flatten()
+    apart = apart.masked_fill(~(scores[:, None] > scores[None, :]), -torch.inf).flatten()
     return torch.cat([apart.new_zeros(1), apart]).logsumexp(0)
 
 
@@ -162,6 +172,7 @@ class Sentences:
     key, name, unit = "stsb", "STS-B", "Spearman x 100"
     splits = ("dev", "test")
     headline = "test"
+    logits = 10.0
 
     def __init__(self, data: Path, subset: int | None = None) -> None:
         from transformers import AutoTokenizer
@@ -175,6 +186,18 @@ class Sentences:
         self.ids: list[list[int]] = self.tokenizer(self.texts, truncation=True, max_length=LENGTH)["input_ids"]
         self.lengths = [max(len(self.ids[2 * i]), len(self.ids[2 * i + 1])) for i in range(len(train))]
         self.held = {split: list(Similarity._rows(data / "stsb" / f"{split}.csv")) for split in self.splits}
+        self.data, self.draw = data, random.Random(0)
+
+    @cached_property
+    def others(self) -> list[list[int]]:
+        """Return sentences of other data in the same folder, without labels, the shortest ones first."""
+        texts = set()
+        for path in (self.data / "sst2" / "train.tsv", self.data / "wikitext2" / "valid.txt"):
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                plain = line.partition("\t")[2] if path.suffix == ".tsv" else line
+                texts |= {one.strip() for one in plain.split(" . ") if 5 <= len(one.split()) <= 40}
+        made: list[list[int]] = self.tokenizer(sorted(texts))["input_ids"] if texts else []
+        return sorted(made, key=len)
 
     def model(self) -> nn.Module:
         """Return the model before any fine-tuning."""
@@ -201,6 +224,18 @@ class Sentences:
         padded = self.tokenizer.pad({"input_ids": both}, return_tensors="pt")
         made = {name: padded[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
         return {**made, "labels": self.labels[list(rows)]}
+
+    def more(self, batch: Inputs) -> Inputs:
+        """Add `MORE` pairs of other sentences, of about the same length, with NaN for a score."""
+        own = batch["input_ids"].flatten(0, 1)
+        ids = [row[real].tolist() for row, real in zip(own, batch["attention_mask"].flatten(0, 1).bool(), strict=True)]
+        last = bisect.bisect_right(self.others, own.shape[-1], key=len)
+        if last < 2 * MORE:
+            return batch
+        start = self.draw.randint(0, last - 2 * MORE)
+        padded = self.tokenizer.pad({"input_ids": ids + self.others[start : start + 2 * MORE]}, return_tensors="pt")
+        made = {name: padded[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
+        return {**made, "labels": torch.cat([batch["labels"], torch.full((MORE,), torch.nan)])}
 
     def scores(self, model: Any) -> dict[str, float]:
         """Return Spearman x 100 on every split."""
@@ -251,6 +286,7 @@ def train(
     rate: float,
     seed: int = 0,
     pruning: Mapping[str, Any] | None = None,
+    more: bool = False,
     label: str = "training",
 ) -> nn.Module:
     """Fine-tune a model where it stands, and prune it on the way: AdamW, a warm-up, and a line down to nothing.
@@ -263,6 +299,7 @@ def train(
         rate: the highest learning rate.
         seed: of the order of rows, and of dropout.
         pruning: keywords of `fxslim.Pruner`, ``config`` among them; None for none.
+        more: add other data of the task's, which the teacher alone says something about.
         label: what the progress bar says.
     """
     from tqdm import tqdm
@@ -282,8 +319,9 @@ def train(
     rows = rounds(task.lengths, min(batch, len(task.lengths)), seed)
     bar = tqdm(range(steps), unit="step", desc=label, mininterval=5)
     for _ in bar:
+        inputs = task.batch(next(rows))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**task.batch(next(rows)))["loss"]
+            loss = model(**(task.more(inputs) if more else inputs))["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if pruner is not None:

@@ -52,6 +52,31 @@ def test_the_loss_of_pairs_counts_every_pair_in_the_wrong_order() -> None:
     expected = math.log(1 + math.exp(20 * (0.9 - 0.1)) + math.exp(20 * (0.9 - 0.5)))
     assert float(cosent(cosines, scores)) == pytest.approx(expected)
     assert float(cosent(cosines, torch.ones(3))) == 0
+    none = torch.full((2,), torch.nan)
+    assert float(cosent(torch.cat([cosines, none + 1]).nan_to_num(0.3), torch.cat([scores, none]))) == pytest.approx(
+        expected
+    )
+
+
+def test_sentences_of_other_data_are_added_without_a_score(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "MORE", 2)
+    task = Sentences(data)
+    assert not task.others  # phrases of the small data are too short
+    assert task.more(task.batch([0, 1])).keys() == task.batch([0, 1]).keys()
+    lines = [f"1\ta {word} dog sat {word}" for word in WORDS[:-1]]
+    (data / "sst2" / "train.tsv").write_text("\n".join(["label\tsentence", *lines]), encoding="utf-8")
+    del task.others
+    known = {tuple(task.tokenizer(line[2:])["input_ids"]) for line in lines}
+    assert {tuple(ids) for ids in task.others} == known
+    batch = task.batch([0, 3])
+    found = task.more(batch)
+    assert found["labels"][:2].tolist() == batch["labels"].tolist()
+    assert found["labels"][2:].isnan().tolist() == [True, True]
+    assert found["input_ids"].shape[:2] == (4, 2)
+    for ids, real in zip(found["input_ids"][2:].flatten(0, 1), found["attention_mask"][2:].flatten(0, 1), strict=True):
+        assert tuple(ids[real.bool()].tolist()) in known
+    width = batch["input_ids"].shape[-1]
+    assert torch.equal(found["input_ids"][:2, :, :width], batch["input_ids"])
 
 
 def test_a_round_holds_every_row_once_with_lengths_together() -> None:
@@ -181,7 +206,7 @@ def test_tables_say_what_holds() -> None:
     assert (
         "| ffn 0.5, heads 0.5 | 80.00 (80.00 to 80.00) | 85.60 (85.40 to 85.80) | +0.00 | -0.40 | 50.0% | 75.0% | 60 |"
         in text
-    )  # noqa: E501 fmt: skip
+    )
     assert "* ffn 0.5, heads 0.5: 0.40 points below dense, at most 0.5 asked: holds." in text
     assert "* ffn 0.8, heads 0.6: 1.10 points below dense, at most 1 asked: does not hold." in text
     assert "| taylor | 80.00 | 84.00 | +0.00 | -2.00 | 50.0% | 75.0% | 60 |" in text
