@@ -135,7 +135,7 @@ def arguments(given: argparse.Namespace, **more: Any) -> TrainingArguments:
         output_dir=folder, num_train_epochs=given.num_train_epochs, learning_rate=given.learning_rate, seed=given.seed,
         per_device_train_batch_size=given.per_device_train_batch_size, bf16=given.bf16, warmup_steps=0.05,
         save_strategy="no", report_to=[], logging_steps=100, use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False, remove_unused_columns=False, **more,
+        dataloader_pin_memory=False, remove_unused_columns=False, train_sampling_strategy="group_by_length", **more,
     )  # fmt: skip
 
 
