@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.training --data PATH`` fine-tunes the packaged all-MiniLM-L6-v2 on SST-2 and STS-B, goes on with
 pruning while training, narrows what came of it, scores the narrowed model and writes
-``benchmarks/results/training.{json,md}`` and a plot. ``PATH`` holds ``sst2/{train,dev,test}.tsv`` and
+``benchmarks/results/training.{json,md}``. ``PATH`` holds ``sst2/{train,dev,test}.tsv`` and
 ``stsb/{train,dev,test}.csv``. With ``--only-tables`` nothing is measured: tables are written from ``--rows``.
 
 ``headline`` uses all the data for ``--epochs``; on STS-B, half of what the teacher is asked about are sentences of the
