@@ -49,6 +49,8 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "obs, uniform, no repair": {"method": "obs", "uniform": True, "repair": False},
     "obs, dense inputs": {"method": "obs", "propagate": False},
     "obs, no swaps": {"method": "obs", "swaps": False},
+    "obs, uniform, no heads": {"method": "obs", "uniform": True, "skip": "*attn*"},
+    "obs, no heads": {"method": "obs", "skip": "*attn*"},
 }
 """What the parts of the default are good for."""
 ROWS = {**METHODS, **PARTS}

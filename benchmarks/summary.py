@@ -84,10 +84,15 @@ ORDERS = (
     Order("c", "obs, uniform, no repair", "obs, uniform"),
     Order("d", "obs, dense inputs", "obs"),
     Order("e", "obs, uniform", "obs"),
+    Order("e", "obs, uniform, no heads", "obs, no heads"),
     Order("f", "obs, no swaps", "obs", strict=False),
 )
 WIDER = {"b": 0.4, "e": 0.6}
-"""Order -> the budget below which (b), or at and below which (e), the gain should be larger than above."""
+"""Order -> the budget below which (b), or at and below which (e), the gain should be larger than above.
+
+Heads of grouped queries go equally many of each group: of the few that there are, half at once. Without heads, the gain
+of (e) is that of sizes alone.
+"""
 MEANING = {
     "a": "random, magnitude < wanda < FLAP < OBS with refit",
     "b": "mask tuning < least squares, more so past 60 % removed",
@@ -118,7 +123,7 @@ class Compared:
 class Widening:
     """Whether the mean gain of an order is larger where more is removed; None where one side was not measured."""
 
-    order: str
+    order: Order
     low: float | None
     high: float | None
     holds: bool | None
@@ -183,12 +188,15 @@ def orders(rows: Sequence[Row], of: Value, lower: bool) -> tuple[list[Compared],
     budgets = sorted({budget for _, budget, _ in values}, reverse=True)
     found = [_compared(order, budget, values, lower) for order in ORDERS for budget in budgets]
     wider = []
-    for name, edge in WIDER.items():
-        gains = {c.budget: c.gain for c in found if c.order.name == name and c.gain is not None}
-        far = [gain for budget, gain in gains.items() if (budget < edge if name == "b" else budget <= edge)]
-        near = [gain for budget, gain in gains.items() if (budget >= edge if name == "b" else budget > edge)]
+    for order in ORDERS:
+        if order.name not in WIDER:
+            continue
+        edge, beyond = WIDER[order.name], order.name == "b"
+        gains = {c.budget: c.gain for c in found if c.order == order and c.gain is not None}
+        far = [gain for budget, gain in gains.items() if (budget < edge if beyond else budget <= edge)]
+        near = [gain for budget, gain in gains.items() if (budget >= edge if beyond else budget > edge)]
         low, high = fmean(near) if near else None, fmean(far) if far else None
-        wider.append(Widening(name, low, high, None if low is None or high is None else high > low))
+        wider.append(Widening(order, low, high, None if low is None or high is None else high > low))
     return found, wider
 
 
@@ -214,13 +222,14 @@ def orders_table(head: str, rows: Sequence[Row], of: Value, lower: bool, digits:
         lines.append(f"| ({order.name}) {order.worse} {sign} {order.better} | " + " | ".join(cells) + " |")
     lines.append("")
     for w in wider:
-        edge = f"{1 - WIDER[w.order]:.0%}"
-        where = f"more than {edge} removed" if w.order == "b" else f"{edge} removed and more"
+        name, edge = w.order.name, f"{1 - WIDER[w.order.name]:.0%}"
+        where = f"more than {edge} removed" if name == "b" else f"{edge} removed and more"
+        pair = f"({name}) {w.order.worse} < {w.order.better}"
         if w.low is None or w.high is None:
-            lines.append(f"({w.order}) gain with {where} against less: not measured.")
+            lines.append(f"{pair}: gain with {where} against less not measured.")
         else:
             verdict = "larger, holds" if w.holds else "not larger, does not hold"
-            lines.append(f"({w.order}) mean gain with {where}: {w.high:.{digits}f}, "
+            lines.append(f"{pair}: mean gain with {where} {w.high:.{digits}f}, "
                          f"with less {w.low:.{digits}f}: {verdict}.")  # fmt: skip
         lines.append("")
     return lines[:-1]
