@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from torch.nn import functional
 
 from benchmarks import peers
 from benchmarks.environment import RESULTS, write_result
+from benchmarks.kept import keep, kept, parsed
 from benchmarks.language import Language
 from benchmarks.summary import DENSE, TASKS, Row, plot, report
 
@@ -217,14 +216,8 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", help="parts of the MACs; each task has its own otherwise")
     parser.add_argument("--methods", nargs="+", default=[*ROWS, *PEERS], choices=[*ROWS, *PEERS])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=Path, help="keep rows here as they come, and go on from those that are there")
-    parser.add_argument("--only-tables", action="store_true", help="measure nothing: write what --rows holds")
-    given = parser.parse_args()
-    if given.only_tables and (given.rows is None or not given.rows.exists()):
-        parser.error("--only-tables needs --rows with a file that is there")
-    if not given.only_tables and given.data is None:
-        parser.error("--data is needed to measure")
-    rows = _kept(given.rows)
+    given = parsed(parser)
+    rows = kept(given.rows, Row)
     if not given.only_tables:
         _measure_all(given, rows)
     write(rows)
@@ -246,8 +239,7 @@ def _measure_all(given: argparse.Namespace, rows: list[Row]) -> None:
     for task, method, budget, seed in tqdm(plan, unit="model"):
         if (task.name, method, budget, seed) not in done:
             rows.append(measure(task, method, budget, seed))
-            if given.rows is not None:
-                given.rows.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+            keep(given.rows, rows)
 
 
 def write(rows: Sequence[Row], folder: Path = RESULTS) -> None:
@@ -259,12 +251,6 @@ def write(rows: Sequence[Row], folder: Path = RESULTS) -> None:
         plot(rows, [*METHODS, *PEERS], folder)
     else:
         print("matplotlib is not installed: no plots (pip install '.[bench]')")
-
-
-def _kept(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.environment import RESULTS, write_result
+from benchmarks.kept import keep, kept, parsed
 from benchmarks.training_rows import DENSE, GROUPS, Row, Setting, report
 from benchmarks.tuning import Phrases, Remembered, Sentences, train
 
@@ -124,14 +124,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="keep fine-tuned dense models here, and go on from those there")
     parser.add_argument("--epochs", type=float, help="rounds over the data of a headline row")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rows", type=Path, help="keep rows here as they come, and go on from those that are there")
-    parser.add_argument("--only-tables", action="store_true", help="measure nothing: write what --rows holds")
-    given = parser.parse_args()
-    if given.only_tables and (given.rows is None or not given.rows.exists()):
-        parser.error("--only-tables needs --rows with a file that is there")
-    if not given.only_tables and given.data is None:
-        parser.error("--data is needed to measure")
-    rows = kept(given.rows)
+    given = parsed(parser)
+    rows = kept(given.rows, Row)
     if not given.only_tables:
         for key in given.tasks:
             measure(key, given, rows)
@@ -152,15 +146,7 @@ def measure(key: str, given: argparse.Namespace, rows: list[Row]) -> None:
         row = bench.row(group, setting, seed)
         print(f"{number} of {len(plan)}: {row}", flush=True)
         rows.append(row)
-        if given.rows is not None:
-            given.rows.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-
-
-def kept(path: Path | None) -> list[Row]:
-    """Return the rows of a file; none where there is none."""
-    if path is None or not path.exists():
-        return []
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        keep(given.rows, rows)
 
 
 def write(rows: Sequence[Row], folder: Path = RESULTS) -> None:

@@ -11,7 +11,7 @@ import fxslim.api
 from fxslim.errors import InputError, RequestError
 from fxslim.inc.config import known_keys
 from fxslim.inc.data import check_loader, check_model
-from fxslim.inc.pruning import take_off
+from fxslim.inc.standing import take_off
 from fxslim.inc.translate import Finder, consumers, missing
 from fxslim.passes.choose import FFN, merged
 from fxslim.plan import Plan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from torch import nn
 
 from fxslim.asked import nearest
 from fxslim.errors import InputError, RequestError
+from fxslim.inc.auto_slim import model_slim
 from fxslim.inc.config import WeightPruningConfig, Wish
 from fxslim.inc.data import check_loader, check_model
 from fxslim.inc.oneshot import pruned
+from fxslim.inc.standing import STANDING
 from fxslim.inc.translate import Finder, native, updates
 from fxslim.plan import Note
 from fxslim.training.pruner import Pruner, unwrapped
 
 LOG = logging.getLogger("fxslim")
-_OPEN: weakref.WeakSet[PruningCallbacks] = weakref.WeakSet()
 
 
 class PruningCallbacks:
@@ -83,7 +83,7 @@ class PruningCallbacks:
             raise
         for note in self.notes:
             LOG.warning("%s: %s", note.where, note.reason)
-        _OPEN.add(self)
+        STANDING.add(self)
 
     def _add(self, wish: Wish, finder: Finder, optimizer: Any) -> None:
         config, notes = native(wish, finder)
@@ -184,8 +184,6 @@ class PruningCallbacks:
         self, model: nn.Module | None = None, dataloader: Any = None, round_multiplier: int = 32
     ) -> nn.Module:
         """Take out what is zero: see `fxslim.inc.model_slim`; without a model, the one that was pruned."""
-        from fxslim.inc.auto_slim import model_slim
-
         self.on_train_end()
         return model_slim(self.model if model is None else model, dataloader, round_multiplier)
 
@@ -214,15 +212,6 @@ class PruningCallbacks:
                 raise InputError(f"optimizer= takes a torch.optim.Optimizer, not {type(optimizer).__name__}.")
         self._handles.append(inner.register_step_pre_hook(lambda *_: self.on_before_optimizer_step()))
         self._handles.append(inner.register_step_post_hook(lambda *_: self.on_after_optimizer_step()))
-
-
-def take_off(model: nn.Module) -> None:
-    """Take the masks of all callbacks off a model, where it stands."""
-    for own in list(_OPEN):
-        if own.model is model and not own.finished:
-            if not all(pruner.settled for pruner in own.pruners):
-                LOG.warning("masks are taken off before they reached their target: the model has the zeros of now.")
-            own.release()
 
 
 class CompressionManager:

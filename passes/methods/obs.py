@@ -82,6 +82,8 @@ class _Surgery:
         self.width = widths.pop() if len(widths) == 1 else 0
         self.left = torch.ones(len(self.inner), dtype=torch.bool, device=device)
         self.place = torch.arange(len(self.inner), device=device)
+        self.inverse: Tensor = self.inner
+        self.weight: Tensor = self.pull
         self._refresh()
         self.whole = max(float((self.weight * self.pull).sum()), 1e-300)
 
