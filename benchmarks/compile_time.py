@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
-import time
 from typing import Any
 
 from benchmarks.environment import Environment, write_result
+from benchmarks.processes import fresh, measured
 
 
 def bert_base() -> dict[str, Any]:
@@ -27,7 +24,7 @@ def bert_base() -> dict[str, Any]:
     import fxslim.api
 
     model = BertModel(BertConfig()).eval()
-    return _measure(lambda: fxslim.slim(model, ffn=0.5, heads=0.5))
+    return measured(lambda: fxslim.slim(model, ffn=0.5, heads=0.5))
 
 
 def llama_7b_meta() -> dict[str, Any]:
@@ -43,20 +40,10 @@ def llama_7b_meta() -> dict[str, Any]:
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=32000)).eval()
-    return _measure(lambda: fxslim.plan(model, ffn=0.5, heads=0.5))
+    return measured(lambda: fxslim.plan(model, ffn=0.5, heads=0.5))
 
 
 CASES = {"bert_base": bert_base, "llama_7b_meta": llama_7b_meta}
-
-
-def _measure(call: Any) -> dict[str, Any]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return {
-        "wall_seconds": round(time.perf_counter() - wall, 3),
-        "cpu_seconds": round(time.process_time() - cpu, 3),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-    }
 
 
 def main() -> None:
@@ -70,7 +57,7 @@ def main() -> None:
         return
     results: dict[str, dict[str, Any]] = {}
     for name in CASES:
-        runs = [_fresh_process(name) for _ in range(options.runs)]
+        runs = [fresh("benchmarks.compile_time", name) for _ in range(options.runs)]
         results[name] = {key: sorted(run[key] for run in runs)[len(runs) // 2] for key in runs[0]} | {"runs": runs}
     environment = Environment.collect()
     rows = [
@@ -82,13 +69,6 @@ def main() -> None:
     write_result("compile_time", payload={"environment": environment.to_json(), "results": results},
                  markdown="\n".join(lines) + "\n")  # fmt: skip
     print("\n".join(lines))
-
-
-def _fresh_process(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.compile_time", "--case", name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 if __name__ == "__main__":

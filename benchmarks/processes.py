@@ -1,0 +1,29 @@
+"""Cases that are measured in processes of their own, so that peaks of memory do not mix."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def measured(call: Callable[[], Any]) -> dict[str, float]:
+    """Return seconds and the peak of this process's memory in GiB."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return {
+        "wall_seconds": round(time.perf_counter() - wall, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    }
+
+
+def fresh(module: str, case: str) -> dict[str, Any]:
+    """Run ``python -m module --case case`` and return the JSON of its last line."""
+    done = subprocess.run([sys.executable, "-m", module, "--case", case], check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
