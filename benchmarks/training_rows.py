@@ -142,7 +142,7 @@ def verdicts(task: Any, group: str, rows: Sequence[Row], dense: Row | None) -> l
         own = [r.scores[task.headline] for r in rows if r.name == row]
         if group == "headline" and name == task.name and own and dense is not None:
             lost = dense.scores[task.headline] - fmean(own)
-            found.append(f"* {row}: {lost:.2f} points below dense, at most {bound:g} asked: "
+            found.append(f"* {row}: {-lost:+.2f} points to dense, at least {-bound:g} asked: "
                          f"{'holds' if lost <= bound else 'does not hold'}.")  # fmt: skip
     return ["", *found] if found else []
 

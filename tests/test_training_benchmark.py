@@ -207,8 +207,8 @@ def test_tables_say_what_holds() -> None:
         "| ffn 0.5, heads 0.5 | 80.00 (80.00 to 80.00) | 85.60 (85.40 to 85.80) | +0.00 | -0.40 | 50.0% | 75.0% | 60 |"
         in text
     )
-    assert "* ffn 0.5, heads 0.5: 0.40 points below dense, at most 0.5 asked: holds." in text
-    assert "* ffn 0.8, heads 0.6: 1.10 points below dense, at most 1 asked: does not hold." in text
+    assert "* ffn 0.5, heads 0.5: -0.40 points to dense, at least -0.5 asked: holds." in text
+    assert "* ffn 0.8, heads 0.6: -1.10 points to dense, at least -1 asked: does not hold." in text
     assert "| taylor | 80.00 | 84.00 | +0.00 | -2.00 | 50.0% | 75.0% | 60 |" in text
     assert sum("asked" in line for line in text) == 2
 
