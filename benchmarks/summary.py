@@ -142,11 +142,6 @@ def divergence(row: Row) -> float:
     return row.divergence
 
 
-def seconds(row: Row) -> float:
-    """Return how long a row's pruning took."""
-    return row.seconds
-
-
 def curves(rows: Iterable[Row], of: Value = score) -> dict[str, dict[float, tuple[float, float | None]]]:
     """Return for every method and budget the mean over seeds, and their deviation if there are several."""
     values: dict[str, dict[float, list[float]]] = {}
@@ -244,6 +239,7 @@ def _verdict(found: Compared, digits: int) -> str:
 def report(rows: Sequence[Row], methods: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Return all tables as text, and the rows and orders as plain data."""
     text = ["# Quality after post-training pruning, without training", ""]
+    text += ["How long it takes is measured by itself: [speedup](speedup.md).", ""]
     data: dict[str, Any] = {}
     measured = [task for task in TASKS if any(row.task == task.name for row in rows)]
     for task in measured:
@@ -254,7 +250,6 @@ def report(rows: Sequence[Row], methods: Sequence[str]) -> tuple[list[str], dict
         dense = next((f" (dense {row.score:.2f})" for row in own if row.method == DENSE), "")
         text += [*table(f"{task.name}, {task.label}{dense}", methods, own, score, 2), ""]
         text += [*table(f"{task.name}, {task.divergence}, lower is better", methods, own, divergence, 4), ""]
-        text += [*table(f"{task.name}, seconds", methods, own, seconds, 0), ""]
     text += [
         "## Orders",
         "",
