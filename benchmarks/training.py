@@ -38,7 +38,7 @@ SOON: Mapping[str, float] = {"stsb": 0.2}
 RATE: Mapping[str, float] = {"sst2": 1e-4, "stsb": 2e-4}
 DENSE_RATE = 5e-5
 """The highest learning rate of a model that is pruned, and of one that is not."""
-SMALL: Mapping[str, tuple[int, float]] = {"sst2": (8192, 4), "stsb": (2048, 8)}
+SMALL: Mapping[str, tuple[int, float]] = {"sst2": (2048, 4), "stsb": (2048, 8)}
 """Rows and rounds of the groups that compare."""
 CALIBRATION = 512
 """Rows that repair fits on."""
