@@ -5,9 +5,10 @@ pruning while training, narrows what came of it, scores the narrowed model and w
 ``benchmarks/results/training.{json,md}``. ``PATH`` holds ``sst2/{train,dev,test}.tsv`` and
 ``stsb/{train,dev,test}.csv``. With ``--only-tables`` nothing is measured: tables are written from ``--rows``.
 
-``headline`` uses all the data for ``--epochs``; on STS-B, half of what the teacher is asked about are sentences of the
-other data in the folder, without labels, and a model is narrowed as soon as its masks have reached their target, so that
-the rest of the training costs less. The other groups compare at one budget, with few steps on a subset.
+``headline`` uses all the data for ``--epochs``. On STS-B, a model is narrowed as soon as its masks have reached their
+target, so that the rest of the training costs less; a third of what the teacher is asked about from then on are
+sentences of the other data in the folder, without labels. The other groups compare at one budget, with few steps on a
+subset.
 """
 
 from __future__ import annotations
