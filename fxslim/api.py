@@ -298,6 +298,8 @@ def _known(model: Model, example_inputs: Any, data: Calibration | None = None) -
     kept = model.analysis
     assert kept is not None  # see _module
     subject = _subject(kept.model, kept.example_inputs)
+    if data is not None and not data.example.keys() <= kept.facts.get(Program).call.example.keys():
+        return Facts().adding(_subject(kept.model, dict(data.example)))  # batches hold what was not traced
     if not kept.holds():
         return Facts().adding(subject)
     return kept.facts.adding(subject, rebound(kept.facts.get(Program), subject.model))

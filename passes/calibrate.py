@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fxslim.batches import read
 from fxslim.calibration import Calibration
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following
 from fxslim.errors import NarrowError, UnsupportedModelError
-from fxslim.inputs import bind
 from fxslim.passes.annotate import Labels
 from fxslim.passes.choose import FFN, Choice, Request, choose, select
 from fxslim.passes.emit import emit
@@ -125,7 +125,7 @@ class Calibrate:
     def _latency(self, facts: Facts, inputs: object) -> Latency:
         model, program = facts.get(Subject).model, facts.get(Program)
         labels, sites = facts.get(Labels), facts.get(Sites)
-        given = bind(model, inputs)[0] if inputs is not None else dict(program.call.example)
+        given = dict(read(model, inputs).inputs if inputs is not None else program.call.example)
 
         def sketch(parts: tuple[SitePlan, ...]) -> nn.Module:
             made = rewrite(program, cut_of(labels, sites, parts), parts)

@@ -13,9 +13,11 @@ from fxslim.calibration import Calibration
 from fxslim.errors import RequestError
 from fxslim.passes.fitting.budget import Level, Price, allocate, level_steps, saved, within
 from fxslim.passes.fitting.curve import Curve
+from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.latency import Shape
 from fxslim.passes.fitting.look import look, weigh
 from fxslim.passes.fitting.observe import Rows, rows_of
+from fxslim.passes.fitting.processes import agreed
 from fxslim.passes.fitting.refit import Repair
 from fxslim.passes.fitting.repair import repair
 from fxslim.passes.fitting.sensitivity import sensitivity
@@ -133,6 +135,7 @@ def fit(
     return Fitted((*parts, *others), tensors, fits, tuple(notes), reached)
 
 
+@exact()
 def weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Rows:
     """Return rows that count by how much the output depends on them; the sites' metrics are filled in."""
     if not subjects.seen:
@@ -213,8 +216,9 @@ def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> tuple[Chose
         if recipe.uniform:
             picks = _uniform(subjects, levels, given)
         else:
-            numbers = allocate(list(levels.values()), given)
-            picks = {name: own[i] for (name, own), i in zip(levels.items(), numbers, strict=True)}
+            found = allocate(list(levels.values()), given)
+            numbers = agreed(lambda: found, len(found))
+            picks = {name: own[int(i)] for (name, own), i in zip(levels.items(), numbers, strict=True)}
         return parts_of(subjects, _steps(picks))
 
     parts = within(price, recipe.targets, choose)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxslim.passes.choose import measure
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import Curve, items
+from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.moments import Moments
 from fxslim.passes.fitting.observe import Gradients, Rows, gradients, sums
 from fxslim.passes.fitting.refit import Refit, refit
@@ -40,6 +41,7 @@ def weigh(program: Program, subjects: Subjects, method: str, seed: int) -> None:
             subjects.curves[name, groups] = METHODS[method](seen, items(site, groups=groups))
 
 
+@exact()
 def look(
     program: Program,
     subjects: Subjects,

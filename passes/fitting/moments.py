@@ -7,23 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxslim.passes.fitting.processes import shared
+
 HELD = 4096
 """Rows that are multiplied at once: adding up wide matrices in float64 takes longer than multiplying few rows."""
 BLOCKS = 4
 """A square is computed in so many blocks a side, each pair of two once."""
 WIDE = 4096
 """Inputs from which sums are kept in float32: a float64 matrix of 11008 channels takes 0.97 GB."""
-
-
-def shared(total: Tensor) -> Tensor:
-    """Add up in place over the processes of ``torch.distributed``, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        away = torch.distributed.get_backend() == "nccl" and total.device.type == "cpu"
-        there = total.cuda() if away else total
-        torch.distributed.all_reduce(there)
-        if away:
-            total.copy_(there)
-    return total
 
 
 @dataclass(frozen=True)

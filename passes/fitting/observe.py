@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxslim.calibration import Batch
+from fxslim.batches import Batch
 from fxslim.errors import InputError
 from fxslim.passes.fitting.consumers import Call, Consumer
-from fxslim.passes.fitting.moments import Sums, shared
+from fxslim.passes.fitting.moments import Sums
 from fxslim.passes.fitting.outputs import draw_of, loss
+from fxslim.passes.fitting.processes import shared
 from fxslim.passes.fitting.tape import Tape
 from fxslim.program import Program
 
@@ -136,11 +137,11 @@ def _pair(tape: Tape, dense: Tape | None, calls: Sequence[Call], batch: int) -> 
     if dense is None:
         return x, x[:, :0]
     wanted = torch.cat([flat(dense.peek(one.node, batch), one.axis) for one in calls], dim=1)
-    if call.residual is not None and tape.holds(call.residual) and dense.holds(call.residual):
-        mine = flat(tape.values[batch][call.residual], call.axis)
-        theirs = flat(dense.values[batch][call.residual], call.axis)
-        if mine.shape == wanted.shape:
-            wanted = wanted + (theirs - mine)
+    if all(tape.holds(node) and dense.holds(node) for node in call.residual):
+        for node in call.residual:
+            mine, theirs = (flat(own.values[batch][node], call.axis) for own in (tape, dense))
+            if mine.shape == wanted.shape:
+                wanted = wanted + (theirs - mine)
     return x, wanted
 
 

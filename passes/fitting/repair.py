@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import items
+from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.look import left_of, stored
 from fxslim.passes.fitting.norms import between, norms, refit_norm
 from fxslim.passes.fitting.observe import Rows, sums
@@ -28,6 +29,7 @@ from fxslim.report import Fit
 NOTHING = Masks()
 
 
+@exact()
 def repair(
     program: Program,
     subjects: Subjects,

@@ -84,7 +84,7 @@ def test_the_residual_stream_is_seen_unless_a_norm_stands_between(name: str, joi
     assert not notes
     calls = [call for own in subjects.reads.values() for one in own for call in one.calls]
     assert calls
-    assert {call.residual is not None for call in calls} == {joined}
+    assert {bool(call.residual) for call in calls} == {joined}
 
 
 def test_a_shared_layer_is_one_consumer_with_several_calls() -> None:
