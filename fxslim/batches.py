@@ -37,6 +37,11 @@ class Batch:
     labels: Mapping[str, torch.Tensor]
     tokens: int
 
+    @property
+    def rows(self) -> int:
+        """Return how many sequences there are: the first size of the first tensor that has one."""
+        return next((leaf.shape[0] for leaf in tensors(dict(self.inputs)) if leaf.ndim), 0)
+
 
 def items(given: Any, model: nn.Module) -> Iterator[Any]:
     """Yield batches as they were given; rows of a dataset are put into batches.

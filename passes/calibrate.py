@@ -104,7 +104,8 @@ class Calibrate:
 
         made = fit(program, reached, self.recipe, self.data, self._price(facts, count), asked, masking,
                    fixed=self.plan is not None, progress=self.progress)  # fmt: skip
-        notes = (*(() if self.recipe.targets else choice.notes), *made.notes, *_weak(self.recipe, self.data))
+        notes = (*(() if self.recipe.targets else choice.notes), *made.notes)
+        notes = notes if self.data is not None else (*notes, weak_choice(self.recipe.method))
         plan = self.plan or new_plan(model, Choice(made.parts, notes), self.request)
         plan = plan.model_copy(update={"requested": {**plan.requested, **requested(self.recipe)}})
         tokens = self.data.tokens if self.data is not None else 0
@@ -156,11 +157,10 @@ def _reached(site: Site) -> bool:
     return site.kind in (*FFN, "attention", "experts") or site.of_values
 
 
-def _weak(recipe: Recipe, data: Calibration | None) -> tuple[Note, ...]:
-    if data is not None:
-        return ()
-    reason = f"chosen by {recipe.method} without calibration data: the weak choice; give calibration= for a better one"
-    return (Note(where="method", reason=reason),)
+def weak_choice(method: str) -> Note:
+    """Return the note that a choice looks at weights alone."""
+    reason = f"chosen by {method} without calibration data: the weak choice; give calibration= for a better one"
+    return Note(where="method", reason=reason)
 
 
 def _with(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

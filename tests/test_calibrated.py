@@ -24,7 +24,7 @@ from fxslim.errors import InputError, PlanError, RequestError
 from fxslim.passes.annotate import Labels
 from fxslim.passes.choose import Choice, Request
 from fxslim.passes.fitting import latency
-from fxslim.passes.fitting.observe import rows_of
+from fxslim.passes.fitting.sequences import rows_of
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.passes.fitting.unseen import expect_unseen, weigh_unseen
 from fxslim.passes.masking import Masks, masks

@@ -22,7 +22,7 @@ class Moments:
     """Moments over rows (tokens), which may count unequally, centred where the consumer has a bias that can move.
 
     Attributes:
-        count: rows.
+        count: rows that are no copies of others.
         x: mean of the inputs, zero where nothing is centred.  (in,)
         t: mean of the targets.  (out,)
         xx: mean of ``x xᵀ``.  (in, in)
@@ -66,7 +66,9 @@ class Sums:
         self.tt = torch.zeros(2, dtype=torch.float64, device=device)
         self._held: tuple[list[tuple[Tensor, Tensor, Tensor]], ...] = ([], [])
 
-    def add(self, x: Tensor, t: Tensor, judged: Tensor, weights: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, t: Tensor, judged: Tensor, weights: Tensor | None = None, copied: Tensor | None = None
+    ) -> None:
         """Add rows.
 
         Args:
@@ -74,10 +76,12 @@ class Sums:
             t: targets.  (rows, out)
             judged: which rows belong to the part that judges.  (rows,) bool
             weights: how much every row counts; one each by default.  (rows,)
+            copied: which rows are there already: they do not count as rows.  (rows,) bool
         """
         weights = torch.ones(len(x), device=x.device) if weights is None else weights
         for part, held in enumerate(self._held):
             rows = judged if part else ~judged
+            self.count[part] += rows.sum() if copied is None else (rows & ~copied).sum()
             held.append((x[rows], t[rows], weights[rows]))
             if sum(len(own) for own, _, _ in held) >= HELD:
                 self._multiply(part)
@@ -91,7 +95,6 @@ class Sums:
         x, t = _wide(x), _wide(t)
         scale = weights.to(x)[:, None]
         heavy_x, heavy_t = x * scale, t * scale
-        self.count[part] += len(x)
         self.mass[part] += scale.double().sum()
         self.x[part] += heavy_x.double().sum(0)
         self.t[part] += heavy_t.double().sum(0)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from fxslim.passes.fitting.consumers import Call, Consumer
-from fxslim.passes.fitting.observe import Rows, flat
+from fxslim.passes.fitting.observe import flat
 from fxslim.passes.fitting.outputs import draw_of, loss, size
 from fxslim.passes.fitting.processes import shared
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.tape import Tape
 
 FLOOR = 0.1

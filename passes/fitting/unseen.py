@@ -10,10 +10,10 @@ from fxslim.passes.choose import measure
 from fxslim.passes.fitting.curve import items
 from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.look import sizes
-from fxslim.passes.fitting.observe import Rows
 from fxslim.passes.fitting.outputs import divergence
 from fxslim.passes.fitting.processes import shared
 from fxslim.passes.fitting.seen import Seen
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.subjects import Subjects, choices
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.masking import Masks

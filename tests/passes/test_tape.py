@@ -15,9 +15,10 @@ from fxslim.calibration import calibration
 from fxslim.errors import InputError
 from fxslim.passes import pipelines
 from fxslim.passes.fitting.norms import norms, refit_norm
-from fxslim.passes.fitting.observe import gradients, rows_of
+from fxslim.passes.fitting.observe import gradients
 from fxslim.passes.fitting.outputs import divergence, draw_of
 from fxslim.passes.fitting.sensitivity import sensitivity
+from fxslim.passes.fitting.sequences import rows_of
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.sites import Sites
