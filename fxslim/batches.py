@@ -108,7 +108,7 @@ def read(model: nn.Module, item: Any) -> Batch:
     if isinstance(item, Mapping):
         labels = {name: item[name] for name in LABELS if isinstance(item.get(name), torch.Tensor)}
         item = {name: value for name, value in item.items() if name not in LABELS}
-        if item and all(isinstance(value, list) and _numeric(value) for value in item.values()):
+        if not tensors(item) and any(isinstance(value, list) and _numeric(value) for value in item.values()):
             raise InputError(
                 f"{next(iter(item))} is a list of numbers: give tensors (tokenizers: return_tensors='pt')."
             )
