@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 """Where it is said which products of float32 may be rounded: to TensorFloat-32, or to bfloat16."""
 
 
