@@ -485,14 +485,7 @@ def _worker(rank: int, path: str, queue: Any) -> None:
 
 
 def test_two_processes_find_what_one_finds_on_all_the_data(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_worker, args=(rank, str(tmp_path / "meet"), queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = {rank: (keeps, state) for rank, keeps, state in _received(queue, workers)}
-    for worker in workers:
-        worker.join(60)
+    found = _of_two(_worker, tmp_path)
     model, batches = model_of("bert")
     halves = [{k: v[half : half + 4] for k, v in batch.items()} for half in (0, 4) for batch in batches[:5]]
     small: Any = fxslim.slim(model, calibration=halves, ffn=0.5, heads=0.5)
@@ -523,22 +516,23 @@ def _different(rank: int, path: str, queue: Any) -> None:
 
 def test_processes_with_data_of_other_lengths_agree_on_sizes(tmp_path: Path) -> None:
     """MACs are counted at the sizes of an example, and every process has another one."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_different, args=(rank, str(tmp_path / "meet"), queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = {rank: (kept, state) for rank, kept, state in _received(queue, workers)}
-    for worker in workers:
-        worker.join(60)
+    found = _of_two(_different, tmp_path)
     assert found[0][0] == found[1][0]
     for name, value in found[0][1].items():
         torch.testing.assert_close(torch.from_numpy(found[1][1][name]), torch.from_numpy(value))
 
 
-def _received(queue: Any, workers: list[Any]) -> Iterator[Any]:
-    for _ in workers:
-        yield queue.get(timeout=120)
+def _of_two(work: Any, folder: Path) -> dict[int, tuple[Any, dict[str, Any]]]:
+    """Return what each of two processes has found, and its tensors."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=work, args=(rank, str(folder / "meet"), queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = {rank: (own, state) for rank, own, state in (queue.get(timeout=120) for _ in workers)}
+    for worker in workers:
+        worker.join(60)
+    return found
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
