@@ -92,27 +92,27 @@ def repair(
                 changed |= _made(group, mine, dense, rows)
                 tensors.update(changed)
             scale(min(mine.place(call.node) for one in subjects.reads[name] for call in one.calls))
-        reads, halves = [], []
+        reads, every = [], []
         for consumer in subjects.reads[name]:
             weight = consumer.matrix(program.tensors)
             own = sums(mine, consumer, rows, dense, weight.shape[1])
             moments = own.moments(centred=consumer.bias is not None)
             reads.append(Read(consumer, moments, weight, subjects.roots.get(consumer.weight)))
-            halves.append((own.moments(0, centred=consumer.bias is not None),
-                           own.moments(1, centred=consumer.bias is not None)))  # fmt: skip
+            every.append(own)
         part = before[name]
         if name in chosen:
             seen = Seen(site, np.zeros(site.units), tuple(reads), seed=seed)
             curves = {groups: obs(seen, items(site, groups=groups, most=steps)) for groups, steps in chosen[name]}
             keep = keep_of(site, curves, chosen[name])
             if swaps and len(chosen[name]) == 1:
-                keep = swapped(seen, items(site, groups=chosen[name][0][0]), keep, halves)
+                keep = swapped(seen, items(site, groups=chosen[name][0][0]), keep)
             part = SitePlan(site=site, keep=keep)
         report = fit_of(subjects, part, chosen)
-        for read, two in zip(reads, halves, strict=True):
-            consumer = read.consumer
+        for read, own in zip(reads, every, strict=True):
+            consumer, centred = read.consumer, read.consumer.bias is not None
             left = left_of(consumer, part.keep).to(read.weight.device)
-            made = refit(*two, read.moments, read.weight, left, torch.from_numpy(consumer.owner), how=how)
+            halves = own.moments(0, centred=centred), own.moments(1, centred=centred)
+            made = refit(*halves, read.moments, read.weight, left, torch.from_numpy(consumer.owner), how=how)
             changed |= stored(consumer, made, left, tensors)
             tensors.update(changed)
             report = replace(report, error=made.error, plain=made.plain, how=made.how, ridge=made.ridge)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fxslim.passes.fitting.curve import Items
-from fxslim.passes.fitting.moments import Moments
 from fxslim.passes.fitting.refit import factor
 from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.methods.obs import DAMPING, damped
@@ -20,33 +19,24 @@ ROUNDS = 5
 AT_ONCE = 16
 """A sixteenth of what can be swapped is tried first, then half of that, and so on."""
 
-Halves = tuple[Moments, Moments]
-"""Moments of the rows that are fitted, and of those that judge."""
 
-
-def swapped(
-    seen: Seen, items: Items, keep: Sequence[int], halves: Sequence[Halves] = (), *, damping: float = DAMPING
-) -> tuple[int, ...]:
+def swapped(seen: Seen, items: Items, keep: Sequence[int], *, damping: float = DAMPING) -> tuple[int, ...]:
     """Return a choice of the same size that loses no more: local search (OSSCAR, Meng et al. 2024, section 3.3).
 
     The kept units that cost least to take out change places with those that gain most by coming back, as many of every
-    class. Only what lowers the error is accepted, and where one part of the rows judges what is fitted on the other,
-    only what does not raise the error there.
+    class; only what lowers the error is accepted.
 
     Args:
         seen: the site.
         items: what may go.
         keep: the units that stay.
-        halves: moments of the rows to fit with and of those that judge, for every consumer; none where nothing judges.
         damping: as in `fxslim.passes.methods.obs.obs`.
     """
     reads = [_Fitted(read, items, damping) for read in seen.reads]
-    judges = [_Judge(read, items, damping, *two) for read, two in zip(seen.reads, halves, strict=bool(halves))]
     kept = np.array([units[0] in set(keep) for units in items.units])
     most = min(min(int(kept[own].sum()), int((~kept[own]).sum())) for own in items.classes)
     number = -(-most // AT_ONCE)
     error, costs, gains = _scored(reads, kept)
-    judged = sum(one.error(kept) for one in judges)
     for _ in range(ROUNDS):
         if not number:
             break
@@ -56,8 +46,8 @@ def swapped(
             trial[inside[np.argsort(costs[inside], kind="stable")[:number]]] = False
             trial[outside[np.argsort(-gains[outside], kind="stable")[:number]]] = True
         now, *scores = _scored(reads, trial)
-        if now < error - 1e-9 * abs(error) and (found := sum(one.error(trial) for one in judges)) <= judged:
-            kept, error, judged, (costs, gains) = trial, now, found, scores
+        if now < error - 1e-9 * abs(error):
+            kept, error, (costs, gains) = trial, now, scores
         else:
             number //= 2
     of = {unit for item in np.flatnonzero(kept) for unit in items.units[item]}
@@ -83,16 +73,11 @@ class _Fitted:
         self.inner, self.pull = damped(self.read, self.damping)
         self.columns = [torch.from_numpy(self.read.consumer.columns(u)).to(self.inner.device) for u in self.items.units]
 
-    def left(self, kept: np.ndarray) -> Tensor:
-        """Return which inputs stay.  (in,) bool"""
+    def scored(self, kept: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Return error, costs and gains; zero where they mean nothing.  float, (items,), (items,)"""
         left = torch.ones(len(self.inner), dtype=torch.bool, device=self.inner.device)
         for item in np.flatnonzero(~kept):
             left[self.columns[item]] = False
-        return left
-
-    def scored(self, kept: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Return error, costs and gains; zero where they mean nothing.  float, (items,), (items,)"""
-        left = self.left(kept)
         at, gone = left.nonzero()[:, 0], (~left).nonzero()[:, 0]
         inverse = torch.cholesky_inverse(factor(self.inner[at][:, at], 0.0))
         weight = inverse @ self.pull[at]
@@ -112,27 +97,6 @@ class _Fitted:
             costs[kept] = _quotients(weight, inverse, inside)
             gains[~kept] = _quotients(missing, whole, outside)
         return -float((weight * self.pull[at]).sum()), costs, gains
-
-
-@dataclass
-class _Judge:
-    """One consumer, fitted on some rows and judged by others."""
-
-    read: Read
-    items: Items
-    damping: float
-    fitting: Moments
-    judging: Moments
-
-    def __post_init__(self) -> None:
-        self.fitted = _Fitted(replace(self.read, moments=self.fitting), self.items, self.damping)
-        self.pull = self.read.measured(self.judging.xt)
-
-    def error(self, kept: np.ndarray) -> float:
-        """Return the error that a choice leaves, up to a constant."""
-        at = self.fitted.left(kept).nonzero()[:, 0]
-        weight = torch.cholesky_solve(self.fitted.pull[at], factor(self.fitted.inner[at][:, at], 0.0))
-        return float((weight * (self.judging.xx[at][:, at] @ weight - 2 * self.pull[at])).sum())
 
 
 def _ratios(rows: Tensor, diagonal: Tensor, places: Sequence[Tensor]) -> np.ndarray:

@@ -302,25 +302,6 @@ def test_swaps_never_lose(width: int, classes: int) -> None:
         assert swapped(seen, items, found, damping=damping) == found
 
 
-def test_a_swap_that_the_judging_rows_do_not_bear_out_is_not_made() -> None:
-    """The judging rows say that the units at the start are all that is needed, whatever the others say."""
-    x, weight, t = data(1, seed=3)
-    seen = seen_of(x, weight, t, 1)
-
-    def error(keep: tuple[int, ...]) -> float:
-        return least_squares(x, t, list(keep), centred=True)
-
-    worst = max(itertools.combinations(range(UNITS), 4), key=error)
-    assert swapped(seen, free(1), worst, damping=1e-12) != worst
-    kept = list(worst)
-    found = torch.linalg.lstsq(x[:, kept] - x[:, kept].mean(0), t - t.mean(0)).solution
-    judging = moments(x, x[:, kept] @ found)
-    same = swapped(seen, free(1), worst, [(moments(x, t), judging)], damping=1e-12)
-    assert same == worst
-    agreeing = swapped(seen, free(1), worst, [(moments(x, t), moments(x, t))], damping=1e-12)
-    assert error(agreeing) < error(worst)
-
-
 @pytest.mark.parametrize("centred", [True, False])
 def test_inputs_that_are_always_zero_go_first(centred: bool) -> None:
     x, weight, _ = data(1)
