@@ -21,7 +21,7 @@ from transformers import (
 from fxslim.batches import read
 from fxslim.calibration import calibration
 from fxslim.errors import InputError
-from fxslim.passes.fitting.sequences import Rows
+from fxslim.passes.fitting.sequences import Rows, fingerprints
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
 
@@ -86,6 +86,9 @@ def test_inputs_within_lists_are_inputs() -> None:
 
     found = calibration(Two(), [{"both": [torch.ones(8, 4), torch.ones(8, 4)]}])
     assert found.tokens == 8
+    assert len(set(fingerprints(found.batches[0]))) == 1  # rows of ones
+    (other,) = calibration(Two(), [{"both": [torch.arange(32.0).reshape(8, 4), torch.ones(8, 4)]}]).batches
+    assert len(set(fingerprints(other))) == 8
     with pytest.raises(InputError, match="both holds NaN"):
         calibration(Two(), [{"both": [torch.ones(8, 4), torch.full((8, 4), torch.nan)]}])
 

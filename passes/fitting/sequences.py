@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from fxslim.batches import Batch
+from fxslim.batches import Batch, tensors
 from fxslim.program import Program
 
 JUDGE = 5
@@ -111,8 +111,8 @@ def fingerprints(batch: Batch) -> list[bytes]:
     """Return a digest of every sequence of a batch, the same for copies, however padded."""
     mask, rows = batch.inputs.get("attention_mask"), batch.rows
     padded = isinstance(mask, Tensor) and mask.ndim == 2
-    held = [value.detach().cpu() for value in batch.inputs.values()
-            if isinstance(value, Tensor) and value is not mask and value.shape[:1] == (rows,)]  # fmt: skip
+    held = [value.detach().cpu() for value in tensors(dict(batch.inputs))
+            if value is not mask and value.shape[:1] == (rows,)]  # fmt: skip
     places = mask.detach().cpu().bool() if isinstance(mask, Tensor) and padded else None
     found = []
     for row in range(rows):
