@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.asked import Globs, globs, nearest
-from fxslim.calibration import Batch, calibration
+from fxslim.batches import Batch
+from fxslim.calibration import calibration
 from fxslim.errors import InputError, RequestError
 from fxslim.training.config import KINDS, WeightMasks
 from fxslim.training.lowest import lowest
