@@ -12,6 +12,9 @@ from torch import nn
 def forget(optimizer: Any, parameter: nn.Parameter, clear: Callable[[torch.Tensor], None]) -> None:
     """Clear part of every tensor of a parameter's state that has the parameter's shape (moments, averages).
 
+    What is stored in another form (quantized, factored, one vector over all parameters) stays: a zero there need not
+    mean zero. Zeros in weights are put back after every step all the same.
+
     Args:
         optimizer: a ``torch.optim.Optimizer``, or something that wraps one; None for none.
         parameter: the parameter.
@@ -21,7 +24,7 @@ def forget(optimizer: Any, parameter: nn.Parameter, clear: Callable[[torch.Tenso
         return
     state = optimizer.state.get(parameter, {})
     for value in state.values():
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        if type(value) is torch.Tensor and value.is_floating_point() and value.shape == parameter.shape:
             clear(value)
 
 
