@@ -305,9 +305,10 @@ class Summing(BertForSequenceClassification):
 @pytest.mark.parametrize("sums", [True, False])
 def test_accumulated_batches_weigh_as_the_model_weighs_them(sums: bool) -> None:
     """The teacher's part is scaled as the model's loss is; BERT takes the number of items, and returns the mean."""
-    torch.manual_seed(0)
     own = Summing if sums else BertForSequenceClassification
     model, teacher = (own(build().config) for _ in range(2))
+    with torch.no_grad():
+        teacher.classifier.bias += torch.tensor([1.0, -1.0])
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
