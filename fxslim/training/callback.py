@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,15 @@ class PruningCallback(TrainerCallback):
         self.calibration = calibration
         self.pruner: Pruner | None = None
         self._settled = False
+        self._copied: weakref.ref[nn.Module] | None = None
+        """The model that the teacher is a copy of, where none was given: a Trainer of another model has another."""
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the dense model, before a checkpoint is loaded into it."""
-        if self.config.distill is not None and self.teacher is None:
-            self.teacher = Teaching.copy_of(unwrapped(kwargs["model"]))
+        model = unwrapped(kwargs["model"])
+        other = self._copied is not None and self._copied() is not model
+        if self.config.distill is not None and (self.teacher is None or other):
+            self.teacher, self._copied = Teaching.copy_of(model), weakref.ref(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -79,7 +79,7 @@ class WeightMasks:
         pattern: ``1x1`` single weights, ``NxM`` blocks of N outputs by M inputs, ``N:M`` the N smallest of every M
             inputs, ``channelx1`` whole inputs, ``1xchannel`` whole outputs.
         kinds: kinds of layers: ``Linear`` (and Conv1D of transformers), ``Conv``.
-        lock: mask what is zero at the start, and nothing else.
+        lock: mask what is zero at the start, and nothing else; start, end and schedule are of no account then.
         lasso: strength of a group lasso over the pattern's blocks: after every step until the schedule's end, their
             norms shrink by learning rate times strength times √size (a proximal step).
         reduce: what a block's score is of those of its weights: their ``mean``, ``sum`` or ``max``. A score that is the

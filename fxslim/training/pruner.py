@@ -52,7 +52,8 @@ class Pruner:
         model: the model; wrappers of data parallelism and ``torch.compile`` are looked through.
         config: what goes.
         example_inputs: see `fxslim.inspect`; not needed for models of transformers, nor where weights alone are masked.
-        optimizer: the optimizer, whose memory of what is masked is cleared; it may be set later.
+        optimizer: the optimizer, whose memory of what is masked is cleared, where it is one number for each weight; it
+            may be set later.
         steps: how many optimizer steps the training has; needed where ``start`` or ``end`` is a fraction.
         teacher: the dense model for distillation; None for a copy of the model as it is now.
         calibration: an iterable of batches (see `fxslim.plan`): whenever units are masked, weights and biases around
@@ -61,7 +62,7 @@ class Pruner:
             changed it since.
 
     Raises:
-        InputError: something does not fit, or is missing.
+        InputError: something does not fit, or is missing. Nothing is left on the model.
         RequestError: nothing that the config asks for is found.
     """
 
@@ -150,7 +151,11 @@ class Pruner:
             part.spare()
 
     def after_step(self) -> None:
-        """Count the step, keep zeros zero, and mask more where it is due."""
+        """Count the step, keep zeros zero, and mask more where it is due.
+
+        Raises:
+            InputError: masks are due, and no gradient has been seen to choose them by.
+        """
         self._check_open("after_step")
         growing = not self.settled
         self.step += 1

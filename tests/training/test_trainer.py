@@ -348,6 +348,26 @@ def test_a_teacher_is_another_model(tmp_path: Path) -> None:
         assert model.training and all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_every_model_has_a_teacher_of_its_own(tmp_path: Path) -> None:
+    """One callback for several trainings, as in a cross-validation."""
+    callback = fxslim.PruningCallback(fxslim.PruningConfig(**CONFIG, distill=True))
+    model, other = build(), build()
+    with torch.no_grad():
+        other.classifier.bias += 1
+    trainer_of(tmp_path, callback, model=model)
+    first = callback.teacher
+    with torch.no_grad():
+        model.classifier.bias += 2
+    trainer_of(tmp_path, callback, model=model)
+    assert callback.teacher is first  # of the model as it was, before it was trained
+    trainer_of(tmp_path, callback, model=other)
+    assert torch.equal(callback.teacher.classifier.bias, other.classifier.bias)  # type: ignore[arg-type, union-attr]
+    given = fxslim.PruningCallback(callback.config, teacher=model)
+    for own in (other, build()):
+        trainer_of(tmp_path, given, model=own)
+        assert given.teacher is model
+
+
 def test_another_teacher_is_noticed(tmp_path: Path) -> None:
     config = fxslim.PruningConfig(**CONFIG, distill=True)
     fxslim.Pruner(build(), config, steps=10).save(tmp_path)
