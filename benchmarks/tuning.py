@@ -1,7 +1,8 @@
 """What is fine-tuned and pruned while it trains: a classifier on SST-2, a sentence encoder on STS-B, and how.
 
 Both are made from the packaged all-MiniLM-L6-v2. Everything is multiplied in bfloat16 by autocast where the CPU has
-instructions for it, batches are of sentences of about one length, and what the dense model says of a row is computed once.
+instructions for it, batches are of sentences of about one length, and what the dense model says of a row is computed
+once.
 """
 
 from __future__ import annotations
