@@ -21,6 +21,7 @@ from fxslim.training.config import PruningConfig
 from fxslim.training.distill import Teaching
 from fxslim.training.figures import Estimate, Figures, quantiles
 from fxslim.training.mend import Mending
+from fxslim.training.optimizer import keeps_zeros
 from fxslim.training.schedule import Timeline, masked_fraction, timeline
 from fxslim.training.units import MaskedUnits
 from fxslim.training.weights import MaskedWeights
@@ -166,9 +167,8 @@ class Pruner:
         elif self.weights is not None and self.weights.due:
             self.weights.portion()
             self._follow()
-        else:  # an optimizer may have moved them: it remembers what nothing could clear
-            for part in self._parts():
-                part.fold()
+        else:
+            self._put_back()
 
     def reach(self) -> None:
         """Mask now what is missing to the target."""
@@ -283,6 +283,13 @@ class Pruner:
             if more:
                 self.units.take(self.mending.tensors(self.model, more))
         self._follow()
+
+    def _put_back(self) -> None:
+        """Put zeros back that an optimizer may have moved: an unknown one, or one whose memory nothing can clear."""
+        if self.weights is not None:
+            self.weights.fold()
+        if self.units is not None and not (self.units.hooked and keeps_zeros(self.optimizer)):
+            self.units.fold()
 
     def _follow(self) -> None:
         """Put zeros behind the masks, in weights and in what the optimizer remembers."""

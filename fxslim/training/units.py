@@ -321,6 +321,11 @@ class MaskedUnits:
             for piece, _, _ in own.owners if own.gone.any() else ():
                 self._clear(own, piece, self.tensors[piece.tensor].data)
 
+    @property
+    def hooked(self) -> bool:
+        """Tell whether hooks keep gradients away from all masked columns."""
+        return all(piece.hook is not None for own in self.sites for piece, _, _ in own.owners)
+
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Take other weights, by name."""
