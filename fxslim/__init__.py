@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
     from fxslim.errors import FxslimError
+    from fxslim.export import export
     from fxslim.hf import from_pretrained, save_pretrained
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
@@ -32,6 +33,7 @@ _HOMES = MappingProxyType(
         **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
         **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
         "FxslimError": "fxslim.errors",
+        "export": "fxslim.export",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
         **dict.fromkeys(("Distillation", "PruningConfig", "WeightMasks"), "fxslim.training.config"),
@@ -58,6 +60,7 @@ __all__ = [
     "compile",
     "count",
     "errors",
+    "export",
     "from_pretrained",
     "inc",
     "inspect",

@@ -27,6 +27,10 @@ class UnsupportedModelError(FxslimError):
     """The model holds something that fxslim refuses to touch, such as quantized weights."""
 
 
+class ExportError(FxslimError):
+    """A format cannot hold the model, or what was written computes something else than the model."""
+
+
 class OrderError(FxslimError):
     """A pipeline was built with a pass before what it requires."""
 

@@ -143,7 +143,7 @@ def save_pretrained(
         small.save_pretrained(staging)
         (staging / PLAN_FILE).write_text(record.plan.to_json() + "\n", encoding="utf-8")
         if tokenizer_from is not None:
-            _copy_tokenizer(tokenizer_from, staging)
+            copy_tokenizer(tokenizer_from, staging)
         _check_saved(small, staging)
     return Path(folder)
 
@@ -222,7 +222,8 @@ def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedMod
     return type(original.__name__, (original,), {"__init__": build, **same})
 
 
-def _copy_tokenizer(source: str | PathLike[str], folder: Path) -> None:
+def copy_tokenizer(source: str | PathLike[str], folder: Path) -> None:
+    """Copy what tokenizers and processors keep beside a model."""
     local = Path(source)
     if not local.is_dir():
         local = Path(snapshot_download(fspath(source), allow_patterns=list(TOKENIZER_FILES)))
