@@ -51,7 +51,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"passes"}),
     frozenset({"asked", "api"}),
     frozenset({"training"}),
-    frozenset({"hf", "export"}),
+    frozenset({"hf", "export", "checkpoint"}),
     frozenset({"cli", "demo"}),
     frozenset({"inc"}),
 )
