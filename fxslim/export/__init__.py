@@ -18,7 +18,7 @@ from torch import nn
 from fxslim.errors import InputError
 from fxslim.export import onnx, openvino, pt2
 from fxslim.export.compare import compare
-from fxslim.export.exportable import Exportable, exportable
+from fxslim.export.exportable import exportable
 from fxslim.export.format import Format
 from fxslim.folder import check_free, replacing
 from fxslim.report import Difference

@@ -1,0 +1,89 @@
+"""``fxslim plan``: which units go, as a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fxslim
+from fxslim.cli.app import app, examples
+from fxslim.cli.options import Asked, Cast, Dtype, Json, Model, Quiet, asking, choosing, fractions
+from fxslim.cli.working import working
+from fxslim.errors import InputError, PlanError
+
+PLAN_BYTES = 1 << 28
+"""Plans larger than this are not read."""
+
+
+@app.command(
+    epilog=examples(
+        "fxslim plan ./my-bert --ffn 0.5 --heads 0.25 -o plan.json",
+        "fxslim plan ./my-bert --target macs=0.5 --calibration sentences.txt --max-tokens 16384 -o plan.json",
+        "fxslim compile ./my-bert --plan plan.json -o ./my-bert-small",
+    )
+)
+@asking(fractions, choosing)
+def plan(
+    model: Model,
+    asked: Asked,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write the plan to.", metavar="FILE")
+    ] = None,
+    dtype: Cast = Dtype.auto,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose what to take out, and write that down: plain JSON without weights. --json prints the plan itself."""
+    if output is not None and output.exists() and not force:
+        raise InputError(f"{output} exists already; choose another file, or replace it with --force.")
+    with working(2, quiet=quiet) as stage:
+        stage(f"loading {model}")
+        from fxslim import hf
+
+        dense = hf.load_dense(model, dtype=dtype.value)
+        asked = with_text(model, asked, dense)
+        stage("choosing")
+        made = fxslim.plan(dense, **asked)
+    if output is not None:
+        write(output, made.to_json(indent=2) + "\n")
+    told = [str(made)] if output is None else [str(made), f"wrote {output}"]
+    typer.echo(made.to_json(indent=2) if as_json else "\n".join(told))
+
+
+def with_text(model: str, asked: Asked, dense: Any) -> Asked:
+    """Return what was asked, with tokenized batches in the place of a text file."""
+    if "calibration" not in asked:
+        return asked
+    from fxslim.cli.texts import batches
+
+    return {**asked, "calibration": batches(model, asked["calibration"], dense.config)}
+
+
+def read(path: Path) -> fxslim.Plan:
+    """Read a plan.
+
+    Raises:
+        PlanError: it is none.
+    """
+    if not path.is_file():
+        raise PlanError(f"there is no plan {path}.")
+    if path.stat().st_size > PLAN_BYTES:
+        raise PlanError(f"{path} is no plan: it has {path.stat().st_size >> 20} MiB.")
+    try:
+        return fxslim.Plan.from_json(path.read_bytes())
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
