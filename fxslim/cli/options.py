@@ -103,8 +103,8 @@ def choosing(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="Budget in the place of fractions: macs=0.5, params=0.6 (the part to keep), memory=400MB, speedup=2. May "
-            "be repeated: all must hold.",
+            help="Budget in the place of fractions: macs=0.5, params=0.6 (the part to keep), memory=400MB, speedup=2. "
+            "May be repeated: all must hold.",
             metavar="WHAT=HOW_MUCH",
             rich_help_panel=GOES,
         ),

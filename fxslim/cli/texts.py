@@ -50,7 +50,7 @@ def _tokenizer(model: str) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{model} has no tokenizer that can be read, and --calibration takes text; give batches to fxslim.slim in Python."
+            f"{model} has no tokenizer that can be read, and --calibration is text; give batches to fxslim.slim."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

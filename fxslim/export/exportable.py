@@ -133,7 +133,7 @@ def _around(graph: CompiledModule) -> nn.Module:
 
 
 def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
-    """Return all tensors in nested containers by their paths: ``logits``, ``hidden_states.0``; one alone is ``output``."""
+    """Return the tensors in nested containers by their paths: ``logits``, ``hidden_states.0``; ``output`` alone."""
     leaves = pytree.tree_flatten_with_path(tree)[0]
     return {
         ".".join(map(_step, path)) or "output": leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)

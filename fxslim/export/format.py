@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,6 +37,6 @@ class Format:
 
     def require(self) -> None:
         """Raise InputError unless everything is installed that writing takes."""
-        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             raise InputError(f"{', '.join(missing)} not installed: pip install 'fxslim[{self.extra}]'")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def reshaping(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
 
 def load(whole: Exportable, path: Path) -> Run | str:
     """Return what runs the file in ONNX Runtime."""
-    if importlib.util.find_spec("onnxruntime") is None:
+    if find_spec("onnxruntime") is None:
         return "onnxruntime is not installed"
     import onnxruntime
 
