@@ -23,7 +23,8 @@ def load(whole: Exportable, path: Path) -> Run:
     module = whole.program.module()
 
     def run(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        result: Mapping[str, torch.Tensor] = module(**inputs)
+        with torch.no_grad():
+            result: Mapping[str, torch.Tensor] = module(**inputs)
         return result
 
     return run
