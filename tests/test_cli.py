@@ -431,7 +431,8 @@ def test_text_that_says_nothing(folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     dense_of(folder).save_pretrained(bare)
     (tmp_path / "two.txt").write_text("a man\na guitar\n")
-    refused(run("plan", bare, "--ffn", 0.5, "--calibration", tmp_path / "two.txt"), "no tokenizer")
+    result = run("plan", bare, "--ffn", 0.5, "--calibration", tmp_path / "two.txt")
+    refused(result, f"the tokenizer of {bare} knows no word of")  # transformers makes an empty one
 
 
 def test_nothing_is_replaced_unasked(folder: Path, small: Path, tmp_path: Path) -> None:
@@ -450,9 +451,11 @@ def test_nothing_is_replaced_unasked(folder: Path, small: Path, tmp_path: Path) 
 def test_a_place_that_cannot_be_written(folder: Path, small: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "out"  # refused to everybody, root included
-    refused(run("plan", folder, "--ffn", 0.5, "-o", below), "Not a directory")
-    refused(run("compile", folder, "--ffn", 0.5, "-o", below), "Not a directory")
-    refused(run("export", small, "--to", "pt2", "-o", below), "Not a directory")
+    said = f"{tmp_path / 'file'} is no folder that can be written to"
+    refused(run("plan", folder, "--ffn", 0.5, "-o", below), said)
+    refused(run("plan", folder, "--ffn", 0.5, "-o", tmp_path), "is a folder; choose a file")
+    refused(run("compile", folder, "--ffn", 0.5, "-o", below), said)
+    refused(run("export", small, "--to", "pt2", "-o", below), said)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -460,7 +463,8 @@ def test_an_interrupt_is_exit_code_130_and_leaves_nothing(folder: Path, tmp_path
     """Stopped while it writes: the draft is there, and goes."""
     out = tmp_path / "small"
     slow = (
-        "import time, transformers\n"
+        "import signal, time, transformers\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a shell runs behind itself
         "def save(self, folder, **options): (folder / 'half').write_text(''); time.sleep(600)\n"
         "transformers.PreTrainedModel.save_pretrained = save\n"
         "from fxslim.cli import main\n"

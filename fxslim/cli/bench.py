@@ -20,7 +20,7 @@ from fxslim.cli.working import show, working
 )
 def bench(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Narrowed model.", show_default=False)],
-    dense: Annotated[str | None, typer.Argument(metavar="[DENSE]", help="Dense model.", show_default=False)] = None,
+    dense: Annotated[str | None, typer.Argument(metavar="DENSE", help="Dense model.", show_default=False)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a row, of models that read tokens.")] = 128,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; as torch chooses by default.")] = None,

@@ -26,6 +26,7 @@ from fxslim.cli.options import (
     choosing,
     fractions,
 )
+from fxslim.cli.place import check_folder
 from fxslim.cli.working import show, working
 
 
@@ -54,12 +55,11 @@ def compile(
 ) -> None:
     """Narrow a model and write it: safetensors, config, tokenizer files, plan. Nothing is written if a check fails."""
     begun = time.perf_counter()
+    check_folder(output, force=force)
     with working(3, quiet=quiet) as stage:
         stage(f"loading {model}")
         from fxslim import hf
-        from fxslim.folder import check_free
 
-        check_free(output.resolve(), force=force)
         if plan is not None:
             asked["plan"] = plans.read(plan)
         if repair is not None:

@@ -11,6 +11,7 @@ import typer
 import fxslim
 from fxslim.cli.app import app, examples
 from fxslim.cli.options import Cast, Dtype, Force, Json, Output, Quiet
+from fxslim.cli.place import check_folder
 from fxslim.cli.working import show, working
 
 
@@ -42,12 +43,11 @@ def export(
 ) -> None:
     """Write a model for ONNX Runtime, torch.export or OpenVINO, run it there, and compare. Caches are no part of it."""
     begun = time.perf_counter()
+    check_folder(output, force=force)
     with working(2, quiet=quiet) as stage:
         stage(f"loading {folder}")
         from fxslim.cli.loading import load
-        from fxslim.folder import check_free
 
-        check_free(output.resolve(), force=force)
         model = load(folder, dtype)
         stage(f"exporting to {to.value} and comparing")
         made = fxslim.export(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,9 @@ import typer
 import fxslim
 from fxslim.cli.app import app, examples
 from fxslim.cli.options import Asked, Cast, Dtype, Json, Model, Quiet, asking, choosing, fractions
+from fxslim.cli.place import check_file, write_file
 from fxslim.cli.working import working
-from fxslim.errors import InputError, PlanError
+from fxslim.errors import PlanError
 
 PLAN_BYTES = 1 << 28
 """Plans larger than this are not read."""
@@ -38,8 +38,8 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Choose what to take out, and write that down: plain JSON without weights. --json prints the plan itself."""
-    if output is not None and output.exists() and not force:
-        raise InputError(f"{output} exists already; choose another file, or replace it with --force.")
+    if output is not None:
+        check_file(output, force=force)
     with working(2, quiet=quiet) as stage:
         stage(f"loading {model}")
         from fxslim import hf
@@ -49,7 +49,7 @@ def plan(
         stage("choosing")
         made = fxslim.plan(dense, **asked)
     if output is not None:
-        write(output, made.to_json(indent=2) + "\n")
+        write_file(output, made.to_json(indent=2) + "\n")
     told = [str(made)] if output is None else [str(made), f"wrote {output}"]
     typer.echo(made.to_json(indent=2) if as_json else "\n".join(told))
 
@@ -77,13 +77,3 @@ def read(path: Path) -> fxslim.Plan:
         return fxslim.Plan.from_json(path.read_bytes())
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -42,6 +42,9 @@ def batches(model: str, path: Path, config: Any) -> list[dict[str, torch.Tensor]
         if getattr(config, "is_encoder_decoder", False):
             batch["labels"] = batch["input_ids"]
         made.append(batch)
+    known = torch.cat([batch["input_ids"].flatten() for batch in made])
+    if torch.isin(known, torch.tensor(tokenizer.all_special_ids)).all():
+        raise InputError(f"the tokenizer of {model} knows no word of {path}: are its files there, is it the language?")
     return made
 
 

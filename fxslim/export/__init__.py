@@ -110,7 +110,7 @@ def export(
     whole = exportable(model, example_inputs, dynamic=dynamic)
     with replacing(place, force=force) as staging:
         form.write(whole, staging / form.file)
-        differences, notes = compare(whole, form.load(whole, staging / form.file))
+        differences, notes = compare(whole, lambda: form.load(whole, staging / form.file))
         files = tuple(sorted(path.name for path in staging.iterdir()))
         _describe(model, staging, tokenizer_from)
     return Exported(place, to, files, whole.sizes, whole.outputs, differences, notes)

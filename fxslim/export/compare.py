@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ operations show much more. Models in float64 compute parts in float32."""
 HALF = 0.05
 
 
-def compare(whole: Exportable, run: Run | str) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+def compare(whole: Exportable, load: Callable[[], Run | str]) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
     """Run the model and what was written of it on the traced inputs, and on others of other sizes.
 
     Args:
         whole: the model.
-        run: runs what was written; or the reason why it cannot be run here.
+        load: returns what runs the file; or the reason why it cannot be run here.
 
     Returns:
         The worst difference for every set of sizes, and what was not compared.
@@ -32,6 +32,12 @@ def compare(whole: Exportable, run: Run | str) -> tuple[tuple[Difference, ...], 
     Raises:
         ExportError: they differ, or the file does not run.
     """
+    try:
+        run = load()
+    except Exception as error:
+        raise ExportError(
+            f"the runtime does not take what was written: {_said(error)}; float32 is what all of them know."
+        ) from error
     if isinstance(run, str):
         return (), (f"not compared with the model: {run}",)
     differences: list[Difference] = []
@@ -49,10 +55,13 @@ def compare(whole: Exportable, run: Run | str) -> tuple[tuple[Difference, ...], 
         try:
             found = run(given)
         except Exception as error:
-            said = next(iter(str(error).strip().splitlines()), "")
-            raise ExportError(f"what was written does not run on {sizes}: {type(error).__name__}: {said}") from error
+            raise ExportError(f"what was written does not run on {sizes}: {_said(error)}") from error
         differences.append(max(_differences(sizes, expected, found), key=lambda d: d.max_abs / (d.tolerance or 1e-30)))
     return tuple(differences), tuple(notes)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _differences(
