@@ -501,3 +501,20 @@ def test_targets_are_those_of_python() -> None:
 
 def test_every_method_can_be_asked_for() -> None:
     assert {method.value for method in Method} == set(METHODS)
+
+
+def test_slim_checkpoint_passes_on_what_was_asked(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(fxslim, "slim_checkpoint", lambda *given, **options: calls.append((*given, options)))
+    plan = fxslim.plan(dense_of(folder), ffn=0.5)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    out = tmp_path / "out"
+    result = run("slim-checkpoint", folder, "--plan", tmp_path / "plan.json", "-o", out, "--force", "--quiet", "--json")
+    assert json.loads(result.stdout)["output"] == str(out)
+    assert run("slim-checkpoint", folder, "--ffn", 0.5, "--skip", "*layer.0*", "-o", out).exit_code == 0
+    assert calls == [
+        (str(folder), out, plan, {"progress": False, "force": True}),
+        (str(folder), out, None, {"progress": True, "force": False, "ffn": 0.5, "skip": ["*layer.0*"]}),
+    ]

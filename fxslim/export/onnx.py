@@ -43,9 +43,20 @@ def write(whole: Exportable, path: Path) -> None:
 
 
 def reshaping(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Return a program whose views may copy: other runtimes' attention returns other strides than torch's."""
+    """Return a program that does not depend on the strides that attention returns.
+
+    Kernels return different ones, and decomposing a program looks at some of them first and at others later: a reshape
+    that has become a view fails then. So attention is followed by a copy, and views may copy. Converters drop both.
+    """
     copied = copy.copy(program)
     copied._graph_module = copy.deepcopy(program.graph_module)
+    for node in copied.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        with copied.graph.inserting_after(node):
+            clone = copied.graph.call_function(
+                torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+            )
+        clone.meta = dict(node.meta)
+        node.replace_all_uses_with(clone, delete_user_cb=lambda user, own=clone: user is not own)
     for node in copied.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
     copied.graph_module.recompile()
