@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
     from fxslim.errors import FxslimError
-    from fxslim.hf import from_pretrained, save_pretrained
+    from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
     from fxslim.training.callback import PruningCallback
@@ -30,7 +30,7 @@ _HOMES = MappingProxyType(
     {
         **dict.fromkeys(("compile", "inspect", "masked", "plan", "slim", "verify"), "fxslim.api"),
         **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
-        **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
+        **dict.fromkeys(("from_pretrained", "push_to_hub", "save_pretrained"), "fxslim.hf"),
         "FxslimError": "fxslim.errors",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
@@ -66,6 +66,7 @@ __all__ = [
     "memory",
     "params",
     "plan",
+    "push_to_hub",
     "save_pretrained",
     "slim",
     "sparsify",

@@ -27,6 +27,10 @@ class UnsupportedModelError(FxslimError):
     """The model holds something that fxslim refuses to touch, such as quantized weights."""
 
 
+class StorageError(FxslimError, OSError):
+    """Files cannot be written or read: no room, no permission, a file that is missing or cut short."""
+
+
 class OrderError(FxslimError):
     """A pipeline was built with a pass before what it requires."""
 
