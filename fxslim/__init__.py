@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
     from fxslim.errors import FxslimError
     from fxslim.export import export
-    from fxslim.hf import from_pretrained, save_pretrained
+    from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
     from fxslim.training.callback import PruningCallback
@@ -31,7 +31,7 @@ _HOMES = MappingProxyType(
     {
         **dict.fromkeys(("compile", "inspect", "masked", "plan", "slim", "verify"), "fxslim.api"),
         **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
-        **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
+        **dict.fromkeys(("from_pretrained", "push_to_hub", "save_pretrained"), "fxslim.hf"),
         "plan_checkpoint": "fxslim.checkpoint.plan",
         "slim_checkpoint": "fxslim.checkpoint.slim",
         "FxslimError": "fxslim.errors",
@@ -72,6 +72,7 @@ __all__ = [
     "params",
     "plan",
     "plan_checkpoint",
+    "push_to_hub",
     "save_pretrained",
     "slim",
     "slim_checkpoint",

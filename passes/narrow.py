@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fxslim.errors import PlanError
+from fxslim.express import set_fields
 from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay, underlying
-from fxslim.passes.express import set_fields
 from fxslim.passes.folding.fold import check_fold, folded
 from fxslim.passes.rows import Rows, columns
 from fxslim.plan import (

@@ -124,6 +124,6 @@ def _describe(model: nn.Module, folder: Path, tokenizer_from: str | PathLike[str
     if record is not None:
         (folder / "fxslim_plan.json").write_text(record.plan.to_json() + "\n", encoding="utf-8")
     if tokenizer_from is not None:
-        from fxslim.hf import copy_tokenizer
+        from fxslim.hf import copy_beside
 
-        copy_tokenizer(tokenizer_from, folder)
+        copy_beside(tokenizer_from, folder)
