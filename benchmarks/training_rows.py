@@ -47,8 +47,10 @@ class Setting:
     def asked(self, steps: int) -> dict[str, Any]:
         """Return the keywords of `fxslim.PruningConfig` for a training of so many steps."""
         assert self.config is not None
-        every = EVERY if self.updates is None else max(round((END - START) * steps / self.updates), 1)
-        return {"start": START, "end": END, "every": every, **self.config}
+        found = {"start": START, "end": END, **self.config}
+        span = (found["end"] - found["start"]) * steps
+        every = EVERY if self.updates is None else max(round(span / self.updates), 1)
+        return {**found, "every": every}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What is fine-tuned and pruned while it trains: a classifier on SST-2, a sentence encoder on STS-B, and how.
 
 Both are made from the packaged all-MiniLM-L6-v2. Everything is multiplied in bfloat16 by autocast where the CPU has
-instructions for it, batches are of sentences of about one length, and what the dense model says of a row is computed once.
+instructions for it, batches are of sentences of about one length, and what the dense model says of a row is computed
+once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ POOL = 50
 """Batches that are sorted by length together."""
 SHARPNESS = 20.0
 """By what CoSENT multiplies differences of cosines."""
-MORE = 32
+MORE = 16
 """Pairs of a batch that have no score: sentences of other data, about which the teacher alone says something."""
 
 Inputs = dict[str, Tensor]
@@ -292,10 +293,11 @@ def train(
     rate: float,
     seed: int = 0,
     pruning: Mapping[str, Any] | None = None,
+    narrow: bool = False,
     more: bool = False,
     label: str = "training",
 ) -> nn.Module:
-    """Fine-tune a model where it stands, and prune it on the way: AdamW, a warm-up, and a line down to nothing.
+    """Fine-tune a model, and prune it on the way: AdamW, a warm-up, and a line down to nothing.
 
     Args:
         model: the model.
@@ -305,29 +307,35 @@ def train(
         rate: the highest learning rate.
         seed: of the order of rows, and of dropout.
         pruning: keywords of `fxslim.Pruner`, ``config`` among them; None for none.
-        more: add other data of the task's, which the teacher alone says something about.
+        narrow: take masked units out as soon as masks have reached their target, and train what is left.
+        more: add other data of the task's, which the teacher alone says something about; where models are narrowed on
+            the way, from then on.
         label: what the progress bar says.
+
+    Returns:
+        The model itself; with ``narrow``, a narrowed one.
     """
     from tqdm import tqdm
 
     import fxslim
+    from fxslim.training.distill import Teaching
 
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
+    optimizer = adamw(model)
     warm = max(round(steps * WARM_UP), 1)
-    line = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
-    )
-    pruner = None
+    pruner: fxslim.Pruner | None = None
+    teaching: Teaching | None = None
     if pruning is not None:
         pruner = fxslim.Pruner(model, **{**pruning, "optimizer": optimizer, "steps": steps})
     model.train()
     rows = rounds(task.lengths, min(batch, len(task.lengths)), seed)
     bar = tqdm(range(steps), unit="step", desc=label, mininterval=5)
-    for _ in bar:
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
         inputs = task.batch(next(rows))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
-            loss = model(**(task.more(inputs) if more else inputs))["loss"]
+            loss = model(**(task.more(inputs) if more and not narrow else inputs))["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if pruner is not None:
@@ -335,9 +343,21 @@ def train(
         optimizer.step()
         if pruner is not None:
             pruner.after_step()
-        line.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if narrow and pruner is not None and pruner.settled:
+            pruner.finish()
+            model = fxslim.slim(model.eval(), task.example()).train()
+            optimizer, narrow = adamw(model), False
+            asked, pruner = pruner.config.teaching, None
+            teaching = None if asked is None else Teaching(model, asked, (pruning or {}).get("teacher"))
     if pruner is not None:
         pruner.finish()
+    if teaching is not None:
+        teaching.release()
     return model.eval()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of a model; its rate is set at every step."""
+    return torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)

@@ -172,6 +172,25 @@ def test_pairs_are_repaired_on_the_way(data: Path, monkeypatch: pytest.MonkeyPat
     assert set(row.scores) == {"dev", "test"}
 
 
+def test_pairs_go_on_narrowed_once_masks_have_reached_their_target(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "BATCH", {"stsb": 4})
+    given = argparse.Namespace(data=data, models=None, epochs=2.0)
+    bench = training.Bench(Sentences(data), Sentences(data), given)
+    seen: list[tuple[int, ...]] = []
+    learnt = Pair.forward
+
+    def forward(self: Pair, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            seen.append(tuple(self.encoder.encoder.layer[0].intermediate.dense.weight.shape))
+        return learnt(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pair, "forward", forward)
+    row = bench.row("headline", Setting("half", {"ffn": 0.5, "heads": 0.5, "distill": True}), 0)
+    assert (row.steps, seen.count((20, 16)), seen.count((10, 16))) == (15, 3, 12)  # the target stands at 0.2
+    assert row.macs < 1
+    assert row.parameters < 1
+
+
 def test_every_kind_of_row_is_measured(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "SMALL", {"sst2": (16, 1.0), "stsb": (16, 1.0)})
     monkeypatch.setattr(training, "BATCH", {"sst2": 4, "stsb": 4})
@@ -179,7 +198,8 @@ def test_every_kind_of_row_is_measured(data: Path, monkeypatch: pytest.MonkeyPat
     rows: list[Row] = []
     bench = training.Bench(Phrases(data), Phrases(data, 16), given)
     again = training.Bench(Phrases(data), Phrases(data, 16), given)
-    assert difference(bench.dense.state_dict(), again.dense.state_dict()) == 0
+    first, second = bench.dense.state_dict(), again.dense.state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
     budget = {"ffn": 0.5, "heads": 0.5}
     wanted = {"headline": [Setting(DENSE), Setting(FURTHER), Setting("half", {**budget, "distill": True})],
               "options": [Setting("repaired", budget, repair=True, updates=2)]}  # fmt: skip
