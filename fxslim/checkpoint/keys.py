@@ -254,5 +254,3 @@ def fill_buffers(model: PreTrainedModel) -> None:
             if buffer is not None and buffer.device.type == "meta":
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
     model.initialize_weights()
-
-

@@ -186,4 +186,3 @@ def check_alike(narrowed: nn.Module, left_out: Alike) -> None:
         mine, other = (_looks(narrowed.get_submodule(own), numbers) for own in (path, stands))
         if mine != other:
             raise NarrowError(f"{path} was narrowed otherwise than {stands}, which stands for it; please report this.")
-

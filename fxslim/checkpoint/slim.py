@@ -114,7 +114,7 @@ def _edited(source: Path, skeleton: PreTrainedModel, plan: Plan, keys: Keys, *, 
     left_out = alike(skeleton, plan)
     double = any(piece.stored.dtype == torch.float64 for piece in keys.pieces.values())
     kind = shortened(type(skeleton), left_out)
-    config = hf._config(source)
+    config = hf.dense_config(source)
     few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
     few.eval()
     part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
@@ -151,4 +151,4 @@ def _describe(source: Path, skeleton: PreTrainedModel, plan: Plan, staging: Path
             shutil.copyfile(generation, staging / generation.name)
         else:
             skeleton.generation_config.save_pretrained(staging)
-    hf._copy_tokenizer(source, staging)
+    hf.copy_beside(source, staging)

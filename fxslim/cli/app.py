@@ -21,7 +21,7 @@ class _Group(TyperGroup):
             typer.echo(f"fxslim: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            typer.echo("fxslim: interrupted; nothing was written", err=True)
+            typer.echo("fxslim: interrupted; what was there is as it was", err=True)
             raise typer.Exit(130) from error
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 import fxslim
-from fxslim.cli import plan as plans
 from fxslim.cli.app import app, examples
 from fxslim.cli.options import Asked, Force, Json, Output, PlanFile, Quiet, asking, fractions
 from fxslim.cli.working import calm, show
@@ -34,7 +33,7 @@ def slim_checkpoint(
 ) -> None:
     """Narrow a checkpoint tensor by tensor, without loading it: for models that memory does not hold."""
     begun = time.perf_counter()
-    chosen = None if plan is None else plans.read(plan)
+    chosen = None if plan is None else fxslim.Plan.from_file(plan)
     calm(warn=not quiet)
     fxslim.slim_checkpoint(source, output, chosen, progress=not quiet, force=force, **asked)
     seconds = round(time.perf_counter() - begun, 3)

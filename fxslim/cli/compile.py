@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 import fxslim
-from fxslim.cli import plan as plans
 from fxslim.cli.app import app, examples
 from fxslim.cli.options import (
     HOW,
@@ -27,6 +26,7 @@ from fxslim.cli.options import (
     fractions,
 )
 from fxslim.cli.place import check_folder
+from fxslim.cli.plan import with_text
 from fxslim.cli.working import show, working
 
 
@@ -61,11 +61,11 @@ def compile(
         from fxslim import hf
 
         if plan is not None:
-            asked["plan"] = plans.read(plan)
+            asked["plan"] = fxslim.Plan.from_file(plan)
         if repair is not None:
             asked["repair"] = False if repair is Repair.none else repair.value
         dense = hf.load_dense(model, dtype=dtype.value)
-        asked = plans.with_text(model, asked, dense)
+        asked = with_text(model, asked, dense)
         stage("tracing, narrowing and verifying")
         small: Any = fxslim.slim(dense, **asked)
         del dense  # what is written next is loaded once more: no room for three

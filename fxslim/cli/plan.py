@@ -12,10 +12,6 @@ from fxslim.cli.app import app, examples
 from fxslim.cli.options import Asked, Cast, Dtype, Json, Model, Quiet, asking, choosing, fractions
 from fxslim.cli.place import check_file, write_file
 from fxslim.cli.working import working
-from fxslim.errors import PlanError
-
-PLAN_BYTES = 1 << 28
-"""Plans larger than this are not read."""
 
 
 @app.command(
@@ -61,19 +57,3 @@ def with_text(model: str, asked: Asked, dense: Any) -> Asked:
     from fxslim.cli.texts import batches
 
     return {**asked, "calibration": batches(model, asked["calibration"], dense.config)}
-
-
-def read(path: Path) -> fxslim.Plan:
-    """Read a plan.
-
-    Raises:
-        PlanError: it is none.
-    """
-    if not path.is_file():
-        raise PlanError(f"there is no plan {path}.")
-    if path.stat().st_size > PLAN_BYTES:
-        raise PlanError(f"{path} is no plan: it has {path.stat().st_size >> 20} MiB.")
-    try:
-        return fxslim.Plan.from_json(path.read_bytes())
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error

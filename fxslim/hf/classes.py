@@ -65,14 +65,14 @@ def load_dense(name: str | PathLike[str], *, dtype: str = "auto") -> PreTrainedM
         StorageError: its files cannot be read.
         UnsupportedModelError: see `model_class`.
     """
-    config = _dense_config(name)
+    config = dense_config(name)
     with reading(name):
         return model_class(config).from_pretrained(fspath(name), config=config, dtype=dtype)
 
 
 def skeleton(name: str | PathLike[str]) -> PreTrainedModel:
     """Build a model on the meta device from its config alone: enough to analyse it, and free of its weights."""
-    config = _dense_config(name)
+    config = dense_config(name)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{name} is quantized; narrow the original model and quantize the result.")
     with torch.device("meta"):
@@ -110,7 +110,8 @@ def check_there(name: str | PathLike[str]) -> None:
         raise InputError(f"there is no folder {name}.")
 
 
-def _dense_config(name: str | PathLike[str]) -> PreTrainedConfig:
+def dense_config(name: str | PathLike[str]) -> PreTrainedConfig:
+    """Read the config of a dense model from a local folder or by its hub name."""
     check_there(name)
     if (Path(name) / PLAN_FILE).exists():
         raise InputError(f"{name} is narrowed already; load it with fxslim.from_pretrained.")
