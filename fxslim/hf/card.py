@@ -1,4 +1,4 @@
-"""The model card of a narrowed model: what was removed, from what, and what was measured. Figures of the report only."""
+"""The model card of a narrowed model: what was removed, from what, and the report's own figures."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _earlier(source: str | PathLike[str] | None) -> ModelCard | None:
 def _section(kind: str, base: Any, record: Record) -> list[str]:
     plan, report = record.plan, record.report
     origin = f"`{base}`" if isinstance(base, str) else "a dense model of the same class"
+    tools = f"fxslim {plan.fxslim} (torch {plan.torch}, transformers {plan.transformers})"
     lines = [
-        f"A `{kind}` with fewer channels and heads, made from {origin} by fxslim {plan.fxslim} (torch {plan.torch}, "
-        f"transformers {plan.transformers}). Its weights are dense.",
+        f"A `{kind}` with fewer channels and heads, made from {origin} by {tools}. Its weights are dense.",
         "",
         *_table(("removed from", "kind", "kept", "of", "places"), _removed(plan)),
     ]
@@ -98,8 +98,9 @@ def _measured(report: Report) -> list[str]:
         lines += ["", *_table(("target", "", "asked", "measured"), rows)]
     checked = report.verification
     if checked.differences:
-        lines += ["", f"Against the dense model with masks, on {len(checked.differences)} paths, outputs differ by at most "
-                      f"{checked.max_abs:.2e} ({checked.relative:.1e} of their scale)."]  # fmt: skip
+        where = f"Against the dense model with masks, on {len(checked.differences)} paths,"
+        size = f"{checked.max_abs:.2e} ({checked.relative:.1e} of their scale)"
+        lines += ["", f"{where} outputs differ by at most {size}."]
     if report.tokens:
         lines += [f"Chosen on {report.tokens:,} tokens of calibration data."]
     lines += ["How good it is at a task was not measured by fxslim."]

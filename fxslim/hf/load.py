@@ -118,8 +118,8 @@ def _one_plan(folder: str | PathLike[str], written: Plan | None, carried: dict[s
         )
     if written is not None and written != plan:
         raise PlanError(
-            f"{folder} holds two plans, {PLAN_FILE} and another one in its config: it was saved over. Delete {PLAN_FILE} "
-            "if the model's own save_pretrained wrote the weights last."
+            f"{folder} holds two plans, {PLAN_FILE} and another one in its config: it was saved over. Delete "
+            f"{PLAN_FILE} if the model's own save_pretrained wrote the weights last."
         )
     return plan
 
