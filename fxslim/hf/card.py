@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from fxslim.hf.classes import reading
 from fxslim.plan import Plan
 from fxslim.report import Record, Report
 
@@ -51,7 +52,8 @@ def _earlier(source: str | PathLike[str] | None) -> ModelCard | None:
     """Return the card that stands in the dense model's folder or repository, if there is one."""
     if source is None:
         return None
-    path = cached_file(fspath(source), CARD, _raise_exceptions_for_missing_entries=False)
+    with reading(source):
+        path = cached_file(fspath(source), CARD, _raise_exceptions_for_missing_entries=False)
     return None if path is None else ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
 
 
@@ -94,7 +96,7 @@ def _measured(report: Report) -> list[str]:
     lines = _table(("", "before", "after", "left"),
                    [(name, f"{a:,}", f"{b:,}", f"{b / a:.1%}" if a else "") for name, a, b in totals])  # fmt: skip
     if report.reached:
-        rows = [(one.target, one.unit, f"{one.asked:g}", f"{one.measured:g}") for one in report.reached]
+        rows = [(one.target, one.unit, one.text(one.asked), one.text(one.measured)) for one in report.reached]
         lines += ["", *_table(("target", "", "asked", "measured"), rows)]
     checked = report.verification
     if checked.differences:
