@@ -21,7 +21,7 @@ LORA = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False
 
 @pytest.fixture
 def small() -> Any:
-    return fxslim.slim(BERT.build(torch.float32), ffn=0.5, heads=0.25)
+    return fxslim.slim(BERT.build(torch.float32, "sdpa"), ffn=0.5, heads=0.25)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_adapters_train_on_a_narrowed_model_and_load_on_it_again(small: Any, tmp
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     for _ in range(5):
-        loss = model.train()(**BERT.inputs(), labels=torch.tensor([0, 1])).loss
+        loss = model.train()(**BERT.inputs(), labels=torch.tensor([0, 1, 0])).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -58,7 +58,7 @@ def test_adapters_train_on_a_narrowed_model_and_load_on_it_again(small: Any, tmp
 
 
 def test_a_model_with_adapters_is_narrowed_after_merging() -> None:
-    model = peft.get_peft_model(BERT.build(torch.float32), LORA)
+    model = peft.get_peft_model(BERT.build(torch.float32, "sdpa"), LORA)
     for subject in (model, model.get_base_model()):
         with pytest.raises(UnsupportedModelError, match=r"has an adapter of peft.*merge_and_unload\(\)"):
             fxslim.slim(subject, BERT.inputs(), ffn=0.5)

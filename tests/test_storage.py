@@ -29,7 +29,7 @@ BERT = ARCHITECTURES["bert_classify"]
 
 @pytest.fixture(scope="module")
 def small() -> Any:
-    return fxslim.slim(BERT.build(torch.float32), ffn=0.5, heads=0.25)
+    return fxslim.slim(BERT.build(torch.float32, "sdpa"), ffn=0.5, heads=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_to(small: Any, tmp_path: Path, monkeypa
 
 
 def test_two_writers_at_once_leave_one_whole_folder(small: Any, folder: Path) -> None:
-    other: Any = fxslim.slim(BERT.build(torch.float32), ffn=0.25)
+    other: Any = fxslim.slim(BERT.build(torch.float32, "sdpa"), ffn=0.25)
     failures: list[FxslimError] = []
 
     def write(model: Any) -> None:
@@ -170,7 +170,7 @@ def test_what_was_quantized_afterwards_is_refused(folder: Path) -> None:
 
 
 def test_a_repaired_model_is_never_made_of_dense_weights(tmp_path: Path) -> None:
-    dense = BERT.build(torch.float32)
+    dense = BERT.build(torch.float32, "sdpa")
     batches = [BERT.inputs(4, 9, seed) for seed in range(3)]
     small: Any = fxslim.slim(dense, calibration=batches, ffn=0.5)
     assert small.fxslim.plan.weights_changed
@@ -234,7 +234,7 @@ def test_code_of_its_own_runs_only_where_it_is_trusted(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    dense = ARCHITECTURES["bert"].build(torch.float32)
+    dense = ARCHITECTURES["bert"].build(torch.float32, "sdpa")
     dense.config.auto_map = {"AutoModel": "modeling_own.OwnBert"}
     dense.save_pretrained(tmp_path / "dense")
     config = tmp_path / "dense" / "config.json"
