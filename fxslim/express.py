@@ -105,7 +105,7 @@ def _uneven(dense: Shapes, wanted: Shapes) -> str:
 
 
 def _tells(shapes: Shapes | None, dense: Shapes, wanted: Shapes) -> bool:
-    """Tell whether a field changes shapes, and only those that have changed; what cannot be built may go with others."""
+    """Tell whether a field changes shapes, those alone that have changed; what cannot be built may go with others."""
     if shapes is None:
         return True
     changed = {name for name in dense if shapes.get(name) != dense[name]}

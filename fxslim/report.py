@@ -159,6 +159,10 @@ class Reached:
     measured: float
     within: float = 0.0
 
+    def text(self, number: float) -> str:
+        """Write one of the numbers."""
+        return f"{number:.3f}" if self.unit == "times faster" else f"{number:,.0f}"
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -266,7 +270,7 @@ def _reached(reached: tuple[Reached, ...]) -> str:
     rows = []
     for one in reached:
         numbers = (one.asked, one.predicted, one.measured)
-        texts = [f"{n:.3f}" if one.unit == "times faster" else f"{n:,.0f}" for n in numbers]
+        texts = [one.text(number) for number in numbers]
         rows.append((one.target, one.unit, *texts, f"{one.within:.1%}" if one.within else ""))
     return table(("target", "", "asked#", "predicted#", "measured#", "±#"), rows)
 

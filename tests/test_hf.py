@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from architectures import ARCHITECTURES
 REQUEST: dict[str, Any] = {"ffn": 0.5, "heads": 0.25}
 
 
+@functools.cache
 def narrowed(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a narrowed model, which no test changes."""
     return fxslim.slim(ARCHITECTURES[name].build(dtype, "sdpa"), **REQUEST)
 
 

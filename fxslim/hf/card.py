@@ -1,4 +1,4 @@
-"""The model card of a narrowed model: what was removed, from what, and what was measured. Figures of the report only."""
+"""The model card of a narrowed model: what was removed, from what, and the report's own figures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from fxslim.hf.classes import reading
 from fxslim.plan import Plan
 from fxslim.report import Record, Report
 
@@ -51,16 +52,17 @@ def _earlier(source: str | PathLike[str] | None) -> ModelCard | None:
     """Return the card that stands in the dense model's folder or repository, if there is one."""
     if source is None:
         return None
-    path = cached_file(fspath(source), CARD, _raise_exceptions_for_missing_entries=False)
+    with reading(source):
+        path = cached_file(fspath(source), CARD, _raise_exceptions_for_missing_entries=False)
     return None if path is None else ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
 
 
 def _section(kind: str, base: Any, record: Record) -> list[str]:
     plan, report = record.plan, record.report
     origin = f"`{base}`" if isinstance(base, str) else "a dense model of the same class"
+    tools = f"fxslim {plan.fxslim} (torch {plan.torch}, transformers {plan.transformers})"
     lines = [
-        f"A `{kind}` with fewer channels and heads, made from {origin} by fxslim {plan.fxslim} (torch {plan.torch}, "
-        f"transformers {plan.transformers}). Its weights are dense.",
+        f"A `{kind}` with fewer channels and heads, made from {origin} by {tools}. Its weights are dense.",
         "",
         *_table(("removed from", "kind", "kept", "of", "places"), _removed(plan)),
     ]
@@ -94,12 +96,13 @@ def _measured(report: Report) -> list[str]:
     lines = _table(("", "before", "after", "left"),
                    [(name, f"{a:,}", f"{b:,}", f"{b / a:.1%}" if a else "") for name, a, b in totals])  # fmt: skip
     if report.reached:
-        rows = [(one.target, one.unit, f"{one.asked:g}", f"{one.measured:g}") for one in report.reached]
+        rows = [(one.target, one.unit, one.text(one.asked), one.text(one.measured)) for one in report.reached]
         lines += ["", *_table(("target", "", "asked", "measured"), rows)]
     checked = report.verification
     if checked.differences:
-        lines += ["", f"Against the dense model with masks, on {len(checked.differences)} paths, outputs differ by at most "
-                      f"{checked.max_abs:.2e} ({checked.relative:.1e} of their scale)."]  # fmt: skip
+        where = f"Against the dense model with masks, on {len(checked.differences)} paths,"
+        size = f"{checked.max_abs:.2e} ({checked.relative:.1e} of their scale)"
+        lines += ["", f"{where} outputs differ by at most {size}."]
     if report.tokens:
         lines += [f"Chosen on {report.tokens:,} tokens of calibration data."]
     lines += ["How good it is at a task was not measured by fxslim."]

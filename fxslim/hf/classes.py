@@ -92,8 +92,8 @@ def reading(name: str | PathLike[str]) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StorageError(
-            f"the files of {name} cannot be read: {first_line(error)}. A file may be missing or cut short: fetch or copy "
-            "the checkpoint again."
+            f"the files of {name} cannot be read: {first_line(error)}. A file may be missing or cut short: fetch or "
+            "copy the checkpoint again."
         ) from error
 
 

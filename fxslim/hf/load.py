@@ -64,7 +64,10 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
     trusted = folder if hf_kwargs.get("trust_remote_code") else None
     written = _written_plan(folder, where)
     with reading(folder):
-        config, rest = AutoConfig.from_pretrained(fspath(folder), return_unused_kwargs=True, **where, **hf_kwargs)
+        try:
+            config, rest = AutoConfig.from_pretrained(fspath(folder), return_unused_kwargs=True, **where, **hf_kwargs)
+        except ValueError as error:
+            raise InputError(f"{folder} cannot be read as a model: {first_line(error)}") from error
     plan = _one_plan(folder, written, getattr(config, "fxslim", None))
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
@@ -108,8 +111,10 @@ def _written_plan(folder: str | PathLike[str], where: Mapping[str, Any]) -> Plan
     return None if path is None else Plan.from_json(Path(path).read_bytes())
 
 
-def _one_plan(folder: str | PathLike[str], written: Plan | None, carried: dict[str, Any] | None) -> Plan:
+def _one_plan(folder: str | PathLike[str], written: Plan | None, carried: Any) -> Plan:
     """Return the plan of a folder, which may stand in a file, in the config, or in both."""
+    if carried is not None and not isinstance(carried, dict):
+        raise PlanError(f"the config of {folder} holds no valid fxslim plan.")
     plan = written if carried is None else Plan.from_json(carried)
     if plan is None:
         raise InputError(
@@ -118,8 +123,8 @@ def _one_plan(folder: str | PathLike[str], written: Plan | None, carried: dict[s
         )
     if written is not None and written != plan:
         raise PlanError(
-            f"{folder} holds two plans, {PLAN_FILE} and another one in its config: it was saved over. Delete {PLAN_FILE} "
-            "if the model's own save_pretrained wrote the weights last."
+            f"{folder} holds two plans, {PLAN_FILE} and another one in its config: it was saved over. Delete "
+            f"{PLAN_FILE} if the model's own save_pretrained wrote the weights last."
         )
     return plan
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from fxslim.errors import InputError, StorageError
 from fxslim.folder import replacing
 from fxslim.hf.card import CARD, card
-from fxslim.hf.classes import PLAN_FILE, first_line
+from fxslim.hf.classes import PLAN_FILE, first_line, reading
 from fxslim.hf.reread import check_saved
 from fxslim.report import Record
 
@@ -127,18 +127,16 @@ def push_to_hub(
 
 def copy_beside(source: str | PathLike[str], folder: Path) -> None:
     """Copy tokenizer and processor files of a folder or of a repository of the hub, none of its weights."""
-    local = _local(source, BESIDE_THE_MODEL)
+    local = Path(source)
+    if not local.is_dir():
+        with reading(source):
+            local = Path(snapshot_download(fspath(source), allow_patterns=list(BESIDE_THE_MODEL)))
     for pattern in BESIDE_THE_MODEL:
         for path in local.glob(pattern):
             if path.is_file():
                 copied = folder / path.relative_to(local)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copied)
-
-
-def _local(source: str | PathLike[str], patterns: tuple[str, ...]) -> Path:
-    local = Path(source)
-    return local if local.is_dir() else Path(snapshot_download(fspath(source), allow_patterns=list(patterns)))
 
 
 def _narrowed(small: nn.Module) -> tuple[PreTrainedModel, Record]:
