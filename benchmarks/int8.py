@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import Environment, write_result
+from fxslim import timer
 
 LENGTH = 128
 FORMS = ("dense fp32", "slim fp32", "dense int8", "slim int8")
@@ -32,10 +33,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = exported(Path(folder))
         sessions = {name: session(path) for name, path in files.items()}
-        results = [latency(sessions, batch, options.seconds) for batch in options.batches]
+        timings = {batch: latency(sessions, batch, options.seconds) for batch in options.batches}
         megabytes = {name: path.stat().st_size / 1e6 for name, path in files.items()}
         cosines = to_slim(sessions)
-    report(results, megabytes, cosines)
+    report(timings, megabytes, cosines)
 
 
 def exported(folder: Path) -> dict[str, Path]:
@@ -66,15 +67,12 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def latency(sessions: Mapping[str, Any], batch: int, seconds: float) -> dict[str, Any]:
+def latency(sessions: Mapping[str, Any], batch: int, seconds: float) -> timer.Timing:
     """Time all models on one batch, in turns."""
-    from fxslim import timer
-
     ids = (torch.arange(batch * LENGTH).reshape(batch, LENGTH) % 1000 + 1000).numpy()
     inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1}
     calls = {name: partial(own.run, None, inputs) for name, own in sessions.items()}
-    timing = timer.compare(calls, max_seconds=seconds, target_ci=0.01, device="cpu")
-    return {"batch": batch, "length": LENGTH, "timing": timing.to_json()}
+    return timer.compare(calls, max_seconds=seconds, target_ci=0.01, device="cpu")
 
 
 def to_slim(sessions: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -98,17 +96,16 @@ def to_slim(sessions: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def report(
-    results: list[dict[str, Any]], megabytes: Mapping[str, float], cosines: Mapping[str, tuple[float, float]]
+    timings: Mapping[int, timer.Timing], megabytes: Mapping[str, float], cosines: Mapping[str, tuple[float, float]]
 ) -> None:
     """Write the tables."""
     rows = []
-    for result in results:
-        for sample in result["timing"]["samples"]:
-            name, ratio = sample["name"], sample["ratio"]
-            low, high = (1 / ratio[bound] if ratio[bound] else float("inf") for bound in ("high", "low"))
+    for batch, timing in timings.items():
+        for sample in timing.samples:
+            speedup = sample.speedup
             rows.append(
-                f"| {result['batch']} | {name} | {sample['time']['value'] * 1e3:.1f} "
-                f"| {1 / ratio['value']:.2f} [{low:.2f}, {high:.2f}] |"
+                f"| {batch} | {sample.name} | {sample.time.value * 1e3:.1f} "
+                f"| {speedup.value:.2f} [{speedup.low:.2f}, {speedup.high:.2f}] |"
             )
     lines = [
         "# Narrowed, then int8",
@@ -127,7 +124,9 @@ def report(
     ]
     payload = {
         "environment": Environment.collect().to_json(),
-        "results": results,
+        "results": [
+            {"batch": batch, "length": LENGTH, "timing": timing.to_json()} for batch, timing in timings.items()
+        ],
         "megabytes": dict(megabytes),
         "cosine_to_slim_fp32": {name: {"mean": mean, "least": least} for name, (mean, least) in cosines.items()},
     }
