@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def narrowed(name: str) -> tuple[nn.Module, fxslim.Plan, dict[str, nn.Module]]:
     model = CASES[name].build(torch.float32, "sdpa")
     found = fxslim.inspect(model)
     generator = np.random.default_rng(1)
-    parts = tuple(random_keep(site, (0.2, 0.5)[number % 2], generator) for number, site in enumerate(found.sites))
+    alternating = {site.kind: cycle((0.2, 0.5)) for site in found.sites}
+    parts = tuple(random_keep(site, next(alternating[site.kind]), generator) for site in found.sites)
     plan = random_plan(model, found.sites).model_copy(update={"sites": parts})
     assert len({len(part.keep) for part in parts if part.site.kind.endswith("ffn")}) > 1
     return model, plan, {"small": fxslim.slim(found, plan=plan), "graph": fxslim.compile(found, plan=plan)}

@@ -119,7 +119,7 @@ def export(
 def _describe(model: nn.Module, folder: Path, tokenizer_from: str | PathLike[str] | None) -> None:
     """Put the config, the plan and the tokenizer beside the model, where there are any."""
     config, record = getattr(model, "config", None), getattr(model, "fxslim", None)
-    if hasattr(config, "save_pretrained"):
+    if config is not None and hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)
     if record is not None:
         (folder / "fxslim_plan.json").write_text(record.plan.to_json() + "\n", encoding="utf-8")
