@@ -15,13 +15,13 @@ from fxslim.analysis import Analysis, state_of
 from fxslim.asked import Asked, Wanted, globs, wanted
 from fxslim.calibration import Calibration
 from fxslim.errors import InputError, PlanError, VerifyError
+from fxslim.express import express
 from fxslim.inputs import bind
 from fxslim.overlay import own_config
 from fxslim.passes import pipelines as lines
 from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put, weak_choice
 from fxslim.passes.choose import Request, select
 from fxslim.passes.emit import CompiledModule
-from fxslim.passes.express import express
 from fxslim.passes.mask import masked as _masked
 from fxslim.passes.narrow import replay, say_sizes
 from fxslim.passes.paths import paths
@@ -171,8 +171,7 @@ def slim(
             given = model.analysis  # the model may have changed in a way that an Inspection cannot see
             return slim(given.model, given.example_inputs, plan=plan, inplace=inplace, progress=progress,
                         observer=observer, **asked)  # fmt: skip
-    if "uniform" in record.plan.requested:
-        record = _expressed(small, record, known.get(Program).call.example)
+    record = _expressed(small, record, known.get(Program).call.example)
     if inplace:
         with untouched_on_failure(dense):
             settle(dense)
@@ -361,14 +360,13 @@ def _calibrated(
 
 def _expressed(small: nn.Module, record: Record, inputs: Mapping[str, Any]) -> Record:
     """Say a narrowed model's sizes in its config where that can, so that it loads without fxslim."""
-    fields = express(small, record.plan, inputs)
-    if fields:
-        plan = record.plan.model_copy(update={"config": fields})
-        say_sizes(small, plan)
-        return Record(plan, record.report and dataclasses.replace(record.report, plan=plan))
-    reason = "no field of the config says these sizes: load what is saved with fxslim.from_pretrained"
-    note = Note(where="config", reason=reason)
-    return Record(record.plan, record.report and dataclasses.replace(record.report, notes=(*record.report.notes, note)))
+    found = express(small, record.plan, inputs)
+    if found is None:
+        return record
+    fields, plain = found
+    plan = record.plan.model_copy(update={"config": fields})
+    say_sizes(small, plan)
+    return Record(plan, record.report and dataclasses.replace(record.report, plan=plan, plain=plain))
 
 
 def _recorded(record: Record, repaired: Repaired | None, *, weak: bool) -> Record:

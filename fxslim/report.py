@@ -159,6 +159,27 @@ class Reached:
     measured: float
     within: float = 0.0
 
+    def text(self, number: float) -> str:
+        """Write one of the numbers."""
+        return f"{number:.3f}" if self.unit == "times faster" else f"{number:,.0f}"
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Whether ``from_pretrained`` of transformers loads a narrowed model that was saved, and why.
+
+    Attributes:
+        loads: whether it does, which was tried; otherwise it fails with transformers' own error about sizes.
+        reason: what the config says, or why it cannot say it.
+    """
+
+    loads: bool
+    reason: str
+
+    def __str__(self) -> str:
+        answer = "yes" if self.loads else "no; use fxslim.from_pretrained"
+        return f"plain from_pretrained loads what is saved: {answer} ({self.reason})"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -177,6 +198,7 @@ class Report:
         fits: how what is left was fitted on calibration data, site by site.
         tokens: how many tokens of calibration data that were.
         reached: what became of the targets.
+        plain: whether transformers loads the saved model by itself; None where it is none of transformers'.
     """
 
     parameters_before: int
@@ -191,6 +213,7 @@ class Report:
     fits: tuple[Fit, ...] = ()
     tokens: int = 0
     reached: tuple[Reached, ...] = ()
+    plain: Plain | None = None
 
     @property
     def sites(self) -> tuple[dict[str, Any], ...]:
@@ -217,6 +240,7 @@ class Report:
             ],
             "tokens": self.tokens,
             "reached": [asdict(one) for one in self.reached],
+            "plain": None if self.plain is None else asdict(self.plain),
         }
 
     def __str__(self) -> str:
@@ -236,6 +260,7 @@ class Report:
         elif rows:
             parts.append(table(("site", "kind", "kept#", "of#"), rows))
         parts.append(str(self.verification))
+        parts.extend([] if self.plain is None else [str(self.plain)])
         parts.extend(f"not done: {note.where}: {note.reason}" for note in self.not_done)
         parts.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
         return "\n".join(parts)
@@ -245,7 +270,7 @@ def _reached(reached: tuple[Reached, ...]) -> str:
     rows = []
     for one in reached:
         numbers = (one.asked, one.predicted, one.measured)
-        texts = [f"{n:.3f}" if one.unit == "times faster" else f"{n:,.0f}" for n in numbers]
+        texts = [one.text(number) for number in numbers]
         rows.append((one.target, one.unit, *texts, f"{one.within:.1%}" if one.within else ""))
     return table(("target", "", "asked#", "predicted#", "measured#", "±#"), rows)
 

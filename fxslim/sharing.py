@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,7 +90,13 @@ def refuse(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantized; narrow the original model and quantize the result."
         )
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # whoever attaches adapters has imported it
     for name, child in model.named_modules():
+        if tuners is not None and isinstance(child, tuners.BaseTunerLayer):
+            raise UnsupportedModelError(
+                f"{name} has an adapter of peft, whose rank is no width of the model: merge adapters first, with "
+                "model = model.merge_and_unload(), and narrow that; new ones can be attached to what comes out."
+            )
         module_name = type(child).__module__
         if module_name.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")):
             raise UnsupportedModelError(
