@@ -24,7 +24,7 @@ from fxslim.passes.prepare import settle
 from fxslim.plan import Plan
 from fxslim.report import Record
 
-CHUNK = 1 << 22
+CHUNK = 1 << 18
 """Bytes that are read at a time."""
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
