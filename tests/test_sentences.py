@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import fxslim
 
 sentences = pytest.importorskip("sentence_transformers")
+parts = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
 TEXTS = ["the cat sat", "on the mat", "a dog"]
 
 
@@ -26,8 +27,8 @@ def dense(tmp_path: Path) -> Any:
                         intermediate_size=32, max_position_embeddings=32)  # fmt: skip
     BertModel(config).eval().save_pretrained(tmp_path / "encoder")
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "encoder")
-    module = sentences.models.Transformer(str(tmp_path / "encoder"))
-    return sentences.SentenceTransformer(modules=[module, sentences.models.Pooling(16)], device="cpu")
+    module = parts.Transformer(str(tmp_path / "encoder"))
+    return sentences.SentenceTransformer(modules=[module, parts.Pooling(16)], device="cpu")
 
 
 def test_where_the_config_says_the_sizes_the_folder_loads_by_itself(dense: Any, tmp_path: Path) -> None:

@@ -221,9 +221,8 @@ CODE = """
 from transformers import BertModel
 
 class OwnBert(BertModel):
-    def forward(self, *args, **kwargs):
-        kwargs["return_dict"] = True
-        found = super().forward(*args, **kwargs)
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None):
+        found = super().forward(input_ids, attention_mask, token_type_ids)
         found.last_hidden_state = found.last_hidden_state * 2
         return found
 """

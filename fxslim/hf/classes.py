@@ -67,7 +67,8 @@ def load_dense(name: str | PathLike[str], *, dtype: str = "auto") -> PreTrainedM
     """
     config = dense_config(name)
     with reading(name):
-        return model_class(config).from_pretrained(fspath(name), config=config, dtype=dtype)
+        model: PreTrainedModel = model_class(config).from_pretrained(fspath(name), config=config, dtype=dtype)
+    return model
 
 
 def skeleton(name: str | PathLike[str]) -> PreTrainedModel:

@@ -24,8 +24,8 @@ from fxslim.passes.prepare import settle
 from fxslim.plan import Plan
 from fxslim.report import Record
 
-ALIGNED = 64
-"""Bytes that torch aligns its own memory to; kernels round by it."""
+CHUNK = 1 << 18
+"""Bytes that are read at a time."""
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where files come from."""
@@ -153,14 +153,22 @@ def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedMod
 
 
 class _Aligned:
-    """A tensor in a file, not read yet. Once it is, its memory is aligned as if torch had computed it."""
+    """A tensor in a file, not read yet; once it is, it lies in memory of torch's own, and nothing is there twice."""
 
     def __init__(self, piece: Any) -> None:
         self._piece = piece
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor: torch.Tensor = self._piece[index]
-        return tensor if tensor.data_ptr() % ALIGNED == 0 else tensor.clone()
+        shape = self._piece.get_shape()
+        if index is not Ellipsis or not shape or 0 in shape:
+            return cast(torch.Tensor, self._piece[index])
+        row = self._piece[:1]
+        whole = torch.empty(shape, dtype=row.dtype)
+        step = max(1, CHUNK // (row.numel() * row.element_size()))
+        for begin in range(0, shape[0], step):
+            end = min(begin + step, shape[0])
+            whole[begin:end] = self._piece[begin:end]
+        return whole
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._piece, name)
