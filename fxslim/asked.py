@@ -20,10 +20,10 @@ from fxslim.targets import Target, targets
 Globs = str | Iterable[str] | None
 
 
-class Asked(TypedDict, total=False):
-    """Keywords of `fxslim.plan`, `fxslim.slim` and `fxslim.compile`.
+class Fractions(TypedDict, total=False):
+    """Keywords that say what goes, as fractions.
 
-    Without any of the fractions and without a target, what does nothing is taken out and nothing else.
+    Without any of the fractions (and without a target), what does nothing is taken out and nothing else.
 
     Attributes:
         ffn: fraction of the channels of every feed-forward site that goes.
@@ -35,6 +35,22 @@ class Asked(TypedDict, total=False):
         round_to: round the kept number of rows in each consumer up to a multiple.
         include: globs over module paths: only there; task heads only where included.
         skip: globs over module paths: not there.
+    """
+
+    ffn: float
+    heads: float
+    kv_groups: float
+    experts: float
+    value: float
+    round_to: int
+    include: Globs
+    skip: Globs
+
+
+class Asked(Fractions, total=False):
+    """Keywords of `fxslim.plan`, `fxslim.slim` and `fxslim.compile`: fractions or a target, and how to choose.
+
+    Attributes:
         calibration: an iterable of batches (dicts of keyword inputs, tuples, tensors; a DataLoader, a dataset): units
             are chosen by what flows through them, and what is left is fitted to what the dense model computes.
             ``attention_mask`` says what is padding; labels are optional.
@@ -52,14 +68,6 @@ class Asked(TypedDict, total=False):
         seed: for what is drawn.
     """
 
-    ffn: float
-    heads: float
-    kv_groups: float
-    experts: float
-    value: float
-    round_to: int
-    include: Globs
-    skip: Globs
     calibration: Any
     max_tokens: int | None
     target: Target | Iterable[Target] | None

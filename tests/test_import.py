@@ -52,7 +52,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"passes"}),
     frozenset({"asked", "api"}),
     frozenset({"training"}),
-    frozenset({"hf", "cli", "demo"}),
+    frozenset({"hf", "cli", "demo", "checkpoint"}),
     frozenset({"inc"}),
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""
