@@ -205,7 +205,7 @@ def _read_plan(folder: str | PathLike[str], where: dict[str, Any]) -> Plan:
         raise InputError(f"cannot fetch {folder}: {_first_line(error)}") from error
     if path is None:
         raise InputError(f"{folder} holds no {PLAN_FILE}: it was not written by fxslim; load it with transformers.")
-    return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+    return Plan.from_file(path)
 
 
 def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedModel]:

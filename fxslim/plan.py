@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fxslim.errors import PlanError
 
 MAX_UNITS = 1 << 22
+MAX_JSON = 1 << 28
+"""Longest plan that is read, in bytes."""
 
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Name = Annotated[str, Field(max_length=1024, pattern=r"^[^/\\\x00]*$")]
@@ -437,6 +441,17 @@ class Plan(Frozen):
     def to_json(self, *, indent: int | None = None) -> str:
         """Return the plan as JSON."""
         return self.model_dump_json(indent=indent)
+
+    @staticmethod
+    def from_file(path: str | PathLike[str]) -> Plan:
+        """Read a plan from a file; what is too large to be one is not read."""
+        file = Path(path)
+        try:
+            if file.stat().st_size > MAX_JSON:
+                raise PlanError(f"{file} has {file.stat().st_size} bytes; plans have at most {MAX_JSON}.")
+            return Plan.from_json(file.read_bytes())
+        except OSError as error:
+            raise PlanError(f"{file} cannot be read: {error.strerror or error}.") from error
 
     @staticmethod
     def from_json(text: str | bytes | dict[str, Any]) -> Plan:
