@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxslim.errors import PlanError
 from fxslim.plan import Plan, units_by_group
 
 TRIES = 256
@@ -69,7 +70,9 @@ def set_fields(config: Any, values: Mapping[str, int]) -> None:
         *outer, leaf = path.split(".")
         owner = config
         for name in outer:
-            owner = getattr(owner, name)
+            owner = getattr(owner, name, None)
+        if type(getattr(owner, leaf, None)) is not int:
+            raise PlanError(f"the plan says {path} of the config, which is no whole number there.")
         setattr(owner, leaf, value)
 
 

@@ -123,7 +123,7 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             _check_heads(owner, edit)
             continue
         holder = owner.config if isinstance(edit, ConfigEdit) else owner
-        if getattr(holder, edit.name, None) != edit.old:
+        if type(getattr(holder, edit.name, None)) is not int or getattr(holder, edit.name) != edit.old:
             raise PlanError(
                 f"the plan expects {edit.module}.{edit.name} to be {edit.old}, "
                 f"found {getattr(holder, edit.name, None)!r}: it was made for another model, or is already applied."
@@ -145,6 +145,8 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
                 f"the plan expects {edit.module}.num_heads to be {edit.size}, found {owner.num_heads!r}: it was made "
                 "for another model, or is already applied."
             )
+    if isinstance(edit, SpreadEdit) and edit.size > max(getattr(owner, "weight", torch.zeros(0)).shape):
+        raise PlanError(f"the plan spreads {edit.module} over {edit.size} channels, more than it has.")
     if not edit.keep or any(head >= edit.size for head in edit.keep):
         verb = "keeps" if isinstance(edit, MultiheadEdit) else "gathers"
         what = "channels" if isinstance(edit, SpreadEdit) else "heads"

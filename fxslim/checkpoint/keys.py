@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -244,15 +245,21 @@ def _joined(pieces: Sequence[Piece], model: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def fill_buffers(model: PreTrainedModel) -> None:
-    """Give a skeleton on ``meta`` the buffers that no checkpoint holds; parameters stay on ``meta``."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = True  # type: ignore[union-attr]
+def place(model: PreTrainedModel) -> None:
+    """Give a skeleton on ``meta`` tensors in memory that is reserved, not used: nothing is ever written there.
+
+    A trace on ``meta`` would lose the numbers in the constants that it lifts. Buffers that no checkpoint holds get
+    their numbers.
+    """
+    made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None and buffer.device.type == "meta":
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in made:
+                    own = torch.empty_like(tensor, device="cpu")
+                    made[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if name in module._parameters else own
+                    made[id(tensor)]._is_hf_initialized = name not in module._non_persistent_buffers_set  # type: ignore[attr-defined]
+                    made[id(made[id(tensor)])] = made[id(tensor)]
+                if tensor is not None:
+                    table[name] = made[id(tensor)]  # type: ignore[assignment]
     model.initialize_weights()
-
-

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from fxslim import hf
 from fxslim.asked import Fractions, wanted
 from fxslim.checkpoint.files import read_shards
-from fxslim.checkpoint.keys import Weights, fill_buffers, keys_of
+from fxslim.checkpoint.keys import Weights, place, keys_of
 from fxslim.errors import InputError
 from fxslim.passes import pipelines as lines
 from fxslim.plan import Plan
@@ -23,7 +23,7 @@ from fxslim.program import Program
 def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked: Unpack[Fractions]) -> Plan:
     """Choose what to take out of a checkpoint by the magnitude of its weights, without loading it.
 
-    The model is traced on ``meta``; then every tensor that decides anything is read, measured, and forgotten. The
+    The model is traced without its weights; then every tensor that decides anything is read, measured, and forgotten. The
     plan is the one that `fxslim.plan` makes of the loaded model.
 
     Args:
@@ -40,7 +40,7 @@ def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked
     folder = folder_of(src)
     shards = read_shards(folder)
     skeleton = hf.skeleton(folder)
-    fill_buffers(skeleton)
+    place(skeleton)
     keys = keys_of(skeleton, shards)
     with bar(3, visible=progress) as step:
         facts = lines.inspecting().run(lines.subject(skeleton, None))
