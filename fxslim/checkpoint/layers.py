@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from fxslim.errors import NarrowError, UnsupportedModelError
 from fxslim.passes.heads import head_edits
@@ -102,10 +101,10 @@ def _taken(part: SitePlan, path: str) -> str:
     return f"{site} {len(part.left)} {len(part.stay)} {groups}"
 
 
-def shortened(original: type[PreTrainedModel], left_out: Alike) -> type[PreTrainedModel]:
+def shortened(original: type[Any], left_out: Alike) -> type[Any]:
     """Return a subclass whose models lack some layers; the others keep their names, and are loaded as always."""
 
-    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
         for path in left_out:
             holder, _, key = path.rpartition(".")
@@ -186,4 +185,3 @@ def check_alike(narrowed: nn.Module, left_out: Alike) -> None:
         mine, other = (_looks(narrowed.get_submodule(own), numbers) for own in (path, stands))
         if mine != other:
             raise NarrowError(f"{path} was narrowed otherwise than {stands}, which stands for it; please report this.")
-

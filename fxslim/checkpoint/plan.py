@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from fxslim import hf
 from fxslim.asked import Fractions, wanted
 from fxslim.checkpoint.files import read_shards
-from fxslim.checkpoint.keys import Weights, place, keys_of
+from fxslim.checkpoint.keys import Weights, keys_of, place
 from fxslim.errors import InputError
 from fxslim.passes import pipelines as lines
 from fxslim.plan import Plan
@@ -23,8 +23,8 @@ from fxslim.program import Program
 def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked: Unpack[Fractions]) -> Plan:
     """Choose what to take out of a checkpoint by the magnitude of its weights, without loading it.
 
-    The model is traced without its weights; then every tensor that decides anything is read, measured, and forgotten. The
-    plan is the one that `fxslim.plan` makes of the loaded model.
+    The model is traced without its weights; then every tensor that decides anything is read, measured, and forgotten.
+    The plan is the one that `fxslim.plan` makes of the loaded model.
 
     Args:
         src: a local folder with a dense checkpoint of transformers in safetensors files.

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
 import fxslim
@@ -106,7 +106,7 @@ def _earlier(staging: Path) -> Plan | None:
     return None
 
 
-def _edited(source: Path, skeleton: PreTrainedModel, plan: Plan, keys: Keys, *, progress: bool) -> Plan:
+def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bool) -> Plan:
     """Return the plan with the edits that it needs, found and verified on one layer of every kind."""
     if plan.edits or plan.spread or plan.zeroed or not plan.sites:
         return plan
@@ -118,7 +118,9 @@ def _edited(source: Path, skeleton: PreTrainedModel, plan: Plan, keys: Keys, *, 
     few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
     few.eval()
     part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
-    found = api.slim(few, plan=part, progress=progress).fxslim.plan
+    small: Any = api.slim(few, plan=part, progress=progress)
+    found: Plan = small.fxslim.plan
+    del few, small
     if [own.model_copy(update={"folds": ()}) for own in found.sites] != [
         own.model_copy(update={"folds": ()}) for own in part.sites
     ]:
@@ -139,7 +141,7 @@ def _check_space(staging: Path, files: dict[str, list[Written]]) -> None:
         raise InputError(f"{needed} bytes are to be written to {staging.parent}, where {free} are free.")
 
 
-def _describe(source: Path, skeleton: PreTrainedModel, plan: Plan, staging: Path) -> None:
+def _describe(source: Path, skeleton: Any, plan: Plan, staging: Path) -> None:
     """Write the config, the generation config and the tokenizer's files."""
     replay(skeleton, plan)
     skeleton.config.fxslim = plan.model_dump(mode="json", exclude_none=True)
