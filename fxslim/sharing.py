@@ -100,8 +100,8 @@ def refuse(model: nn.Module) -> None:
         hook = getattr(child, "_hf_hook", None)
         if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
             raise UnsupportedModelError(
-                f"{name or 'the model'} is offloaded by accelerate: its weights are not there when they are looked at. "
-                "Load it without device_map; or, where it does not fit into memory, give its folder to "
+                f"{name or 'the model'} is offloaded by accelerate: its weights are not there when they are "
+                "looked at. Load it without device_map; or, where it does not fit into memory, give its folder to "
                 "fxslim.plan_checkpoint and fxslim.slim_checkpoint, and calibrate the narrowed model."
             )
     if next(iter(model.parameters()), None) is None:

@@ -1,4 +1,4 @@
-"""Models whose weights are elsewhere: offloaded by accelerate, or sharded over processes. Refused, with the way round."""
+"""Models whose weights are elsewhere (offloaded, or sharded over processes) are refused, with the way round."""
 
 from __future__ import annotations
 

@@ -68,10 +68,6 @@ class Keys:
     opaque: Mapping[str, str]
     unread: tuple[str, ...]
 
-    def of(self, tensor: str) -> tuple[Piece, ...]:
-        """Return the stored tensors that make up a tensor of the model."""
-        return tuple(piece for piece in self.pieces.values() if piece.tensor == tensor)
-
 
 def keys_of(model: PreTrainedModel, shards: Sequence[Shard]) -> Keys:
     """Find out which tensor of a model each stored tensor is.

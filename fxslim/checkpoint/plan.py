@@ -42,13 +42,13 @@ def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked
     skeleton = hf.skeleton(folder)
     place(skeleton)
     keys = keys_of(skeleton, shards)
-    with bar(3, visible=progress) as step:
+    with bar(2, unit="step", visible=progress) as step:
         facts = lines.inspecting().run(lines.subject(skeleton, None))
         step(1)
         program = facts.get(Program)
         program = dataclasses.replace(program, tensors=Weights(keys, program.tensors))
         chosen = lines.choosing(request, tuple(facts.known)).run(*facts.adding(program).known.values())
-        step(2)
+        step(1)
     return chosen.get(Plan)
 
 
@@ -61,12 +61,12 @@ def folder_of(src: str | PathLike[str]) -> Path:
 
 
 @contextmanager
-def bar(total: int, *, visible: bool) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar over ``total`` steps, or bytes."""
+def bar(total: int, *, unit: str, visible: bool) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar over ``total`` units."""
     if not visible:
         yield lambda count: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="fxslim", leave=False, unit="B" if total > 3 else "", unit_scale=True) as shown:
+    with tqdm(total=total, desc="fxslim", leave=False, unit=unit, unit_scale=True) as shown:
         yield shown.update

@@ -82,8 +82,9 @@ def slim_checkpoint(
         weights = Weights(keys, named_once(skeleton)[0])
         files = targets(shards, keys, whole, aliases)
         _check_space(staging, files)
+        replay(skeleton, whole)
         (staging / hf.PLAN_FILE).write_text(whole.to_json() + "\n", encoding="utf-8")
-        with bar(sum(shard.bytes for shard in shards), visible=progress) as step:
+        with bar(sum(shard.bytes for shard in shards), unit="B", visible=progress) as step:
             write_shards(staging, files, weights, {"format": "pt"}, step)
         _describe(source, skeleton, whole, staging)
         (staging / DONE).unlink()
@@ -142,8 +143,7 @@ def _check_space(staging: Path, files: dict[str, list[Written]]) -> None:
 
 
 def _describe(source: Path, skeleton: Any, plan: Plan, staging: Path) -> None:
-    """Write the config, the generation config and the tokenizer's files."""
-    replay(skeleton, plan)
+    """Write the narrowed skeleton's config, the generation config and the tokenizer's files."""
     skeleton.config.fxslim = plan.model_dump(mode="json", exclude_none=True)
     skeleton.config.architectures = [type(skeleton).__name__]
     skeleton.config.save_pretrained(staging)
