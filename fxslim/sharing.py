@@ -111,8 +111,8 @@ def refuse(model: nn.Module) -> None:
         if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
             raise UnsupportedModelError(
                 f"{name} is stored as {type(tensor).__name__} ({tensor.dtype}), which cannot be sliced exactly; "
-                "narrow the original model and quantize or shard the result. A checkpoint that fits on no single device "
-                "is narrowed with fxslim.slim_checkpoint, and sharded when it is loaded."
+                "narrow the original model and quantize or shard the result. A checkpoint that fits on no single "
+                "device is narrowed with fxslim.slim_checkpoint, and sharded when it is loaded."
             )
 
 
