@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
+    from fxslim.checkpoint.plan import plan_checkpoint
+    from fxslim.checkpoint.slim import slim_checkpoint
     from fxslim.errors import FxslimError
     from fxslim.hf import from_pretrained, save_pretrained
     from fxslim.plan import Plan
