@@ -137,7 +137,7 @@ def extended(model: nn.Module, plan: Plan, found: Plan, left_out: Alike) -> Plan
     twins = {part.site.name: _twins(part, plan, left_out) for part in found.sites}
     spread = [twin for name in found.spread for twin in twins[name]]
     stuck = tuple(twin.site.name for name in found.zeroed for twin in twins[name])
-    edits = [edit for edit in found.edits if not isinstance(edit, SpreadEdit | MultiheadEdit)]
+    edits: list[AnyEdit] = [edit for edit in found.edits if not isinstance(edit, SpreadEdit | MultiheadEdit)]
     for path, stands in left_out.items():
         edits += [_carried(edit, path, stands, found, twins) for edit in edits
                   if f"{edit.module}.".startswith(f"{stands}.")]  # fmt: skip

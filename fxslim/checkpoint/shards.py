@@ -160,7 +160,7 @@ def _write(path: Path, tensors: Sequence[Written], weights: Weights, metadata: M
         for one in tensors:
             count = 0
             for read, tensor in one.pieces(weights):
-                data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 checksum.update(data)
                 sent = 0
                 while sent < len(data):
