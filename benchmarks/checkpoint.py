@@ -1,8 +1,9 @@
 """A checkpoint of 13 GB is planned and narrowed without being loaded: peak memory, seconds, and speed against copying.
 
-``python -m benchmarks.checkpoint`` writes a checkpoint of Llama-2-7B's shape (bfloat16, random weights) into a temporary
-folder, plans it, finds and verifies the edits, narrows it, and copies it (files, with fsync) in turns; each in a process
-of its own. It writes ``benchmarks/results/checkpoint.{json,md}``, and deletes everything else. It takes 35 GB of disk.
+``python -m benchmarks.checkpoint`` writes a checkpoint of Llama-2-7B's shape (bfloat16, random weights) into a
+temporary folder, plans it, finds and verifies the edits, narrows it, and copies it (files, with fsync) in turns; each
+in a process of its own. It writes ``benchmarks/results/checkpoint.{json,md}``, and deletes everything
+else. It takes 35 GB of disk.
 """
 
 from __future__ import annotations
@@ -134,16 +135,16 @@ def report(total: int, small: int, rows: list[dict[str, Any]]) -> None:
     lines = [
         "# A checkpoint that is never loaded",
         "",
-        f"Llama-2-7B's shape in bfloat16, {total / 1e9:.1f} GB, ffn=0.5 and heads=0.25: {small / 1e9:.1f} GB are left. The "
-        f"largest tensor has {largest / 2**30:.2f} GiB.",
+        f"Llama-2-7B's shape in bfloat16, {total / 1e9:.1f} GB; ffn=0.5, heads=0.25 leave {small / 1e9:.1f}.",
+        f"The largest tensor has {largest / 2**30:.2f} GiB.",
         "",
         "| | wall s | CPU s | peak GiB of the process | of which imports |",
         "| --- | --- | --- | --- | --- |",
         *(f"| {WORDS[row['what']]} | {row['wall_seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['peak_gib']:.2f} | "
           f"{row['imports_gib']:.2f} |" for row in rows),
         "",
-        f"Narrowing reads {total / 1e9 / seconds['narrow']:.2f} GB a second, copying {total / 1e9 / seconds['copy']:.2f}: "
-        f"{100 * ratio:.0f} % of its speed.",
+        f"Narrowing reads {total / 1e9 / seconds['narrow']:.2f} GB a second, copying reads",
+        f"{total / 1e9 / seconds['copy']:.2f}: narrowing has {100 * ratio:.0f} % of its speed.",
     ]  # fmt: skip
     payload = {"bytes": total, "bytes_after": small, "largest_tensor": largest, "speed": round(ratio, 3), "rows": rows}
     write_result("checkpoint", payload=payload, markdown="\n".join(lines))

@@ -41,8 +41,8 @@ def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> I
     Args:
         folder: where to; parents are made.
         force: replace a checkpoint that is there.
-        job: a name for what is being done, a hexadecimal number. What a block of this name has written before it failed or was killed is
-            kept (as ``.NAME.JOB.resume``), and the next block of this name gets it.
+        job: a name for what is being done, a hexadecimal number. What a block of this name has written before it failed
+            or was killed is kept (as ``.NAME.JOB.resume``), and the next block of this name gets it.
 
     Raises:
         InputError: ``folder`` exists and ``force`` is not given, it does not look like a checkpoint, the disk cannot be

@@ -340,24 +340,31 @@ class SitePlan(Frozen):
         return taken
 
 
-class AttributeEdit(Frozen):
+class SizeEdit(Frozen):
+    """An integer that becomes smaller."""
+
+    module: Name
+    name: Attribute
+    old: Whole
+    new: Whole
+
+    @model_validator(mode="after")
+    def _sound(self) -> SizeEdit:
+        if self.new > self.old:
+            raise ValueError(f"{self.name} would grow from {self.old} to {self.new}")
+        return self
+
+
+class AttributeEdit(SizeEdit):
     """An integer attribute of a module that follows the narrowed sizes."""
 
     edit: Literal["attribute"] = "attribute"
-    module: Name
-    name: Attribute
-    old: Whole
-    new: Whole
 
 
-class ConfigEdit(Frozen):
+class ConfigEdit(SizeEdit):
     """A config field that one module reads at run time, overlaid for that module alone."""
 
     edit: Literal["config"] = "config"
-    module: Name
-    name: Attribute
-    old: Whole
-    new: Whole
 
 
 class GatherEdit(Frozen):

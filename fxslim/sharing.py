@@ -103,6 +103,14 @@ def refuse(model: nn.Module) -> None:
                 f"{name or 'the model'} is a quantized {type(child).__name__}; narrow the original model and "
                 "quantize the result."
             )
+    for name, child in model.named_modules():
+        hook = getattr(child, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is offloaded by accelerate: its weights are not there when they are "
+                "looked at. Load it without device_map; or, where it does not fit into memory, give its folder to "
+                "fxslim.plan_checkpoint and fxslim.slim_checkpoint, and calibrate the narrowed model."
+            )
     if next(iter(model.parameters()), None) is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -110,7 +118,8 @@ def refuse(model: nn.Module) -> None:
         if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
             raise UnsupportedModelError(
                 f"{name} is stored as {type(tensor).__name__} ({tensor.dtype}), which cannot be sliced exactly; "
-                "narrow the original model and quantize or shard the result."
+                "narrow the original model and quantize or shard the result. A checkpoint that fits on no single "
+                "device is narrowed with fxslim.slim_checkpoint, and sharded when it is loaded."
             )
 
 

@@ -43,7 +43,7 @@ class Rows:
 
     def of_expert(self, expert: int) -> Rows:
         """Return them for the tensor of one expert, which has no dimension 0 that counts them."""
-        assert self.dim != 0 and self.lead in (0, None)  # noqa: PT018
+        assert self.dim != 0 and self.lead in (0, None)
         return Rows(self.dim - 1, self.gone if self.lead is None else self.gone[expert])
 
 

@@ -211,12 +211,12 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(InputError, match=r"out cannot be written: File too large\. What was there is as it was"):
-            with replacing(folder, force=True) as staging:
-                (staging / "large").write_bytes(bytes(5000))
-        with pytest.raises(InputError, match=r"out cannot be written: .*os error 27"):
-            with replacing(folder, force=True) as staging:
-                save_file({"a": torch.zeros(5000)}, staging / "model.safetensors")
+        said = r"out cannot be written: File too large\. What was there is as it was"
+        with pytest.raises(InputError, match=said), replacing(folder, force=True) as staging:
+            (staging / "large").write_bytes(bytes(5000))
+        said = r"out cannot be written: .*os error 27"
+        with pytest.raises(InputError, match=said), replacing(folder, force=True) as staging:
+            save_file({"a": torch.zeros(5000)}, staging / "model.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert content(folder) == {"config.json": "old"}

@@ -59,7 +59,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 )
 """Modules of the package, from the ground up: each may import its own layer and those before it."""
 
-TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "express", "exporter", "callback", "trainer"})
+TRANSFORMERS = frozenset({"hf", "cli", "demo", "gather", "express", "exporter", "callback", "trainer", "keys"})
 """Modules whose subject is transformers: nothing else imports it."""
 
 

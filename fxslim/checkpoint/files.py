@@ -80,7 +80,7 @@ class Stored:
         buffer = torch.empty(count, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + first * row)
-            view, done = memoryview(buffer.numpy()), 0
+            view, done = buffer.numpy().data, 0
             while done < count:
                 got = file.readinto(view[done:])
                 if not got:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,10 +67,6 @@ class Keys:
     pieces: Mapping[str, Piece]
     opaque: Mapping[str, str]
     unread: tuple[str, ...]
-
-    def of(self, tensor: str) -> tuple[Piece, ...]:
-        """Return the stored tensors that make up a tensor of the model."""
-        return tuple(piece for piece in self.pieces.values() if piece.tensor == tensor)
 
 
 def keys_of(model: PreTrainedModel, shards: Sequence[Shard]) -> Keys:
@@ -221,8 +218,8 @@ class Weights(Mapping[str, torch.Tensor]):
         pieces = self._pieces.get(name)
         if name in self._opaque:
             raise UnsupportedModelError(
-                f"{name} is not stored: transformers computes it while it loads ({self._opaque[name]}). Load the model, "
-                "and save it with save_pretrained(folder, save_original_format=False) first."
+                f"{name} is not stored: transformers computes it while it loads ({self._opaque[name]}). Load the "
+                "model, and save it with save_pretrained(folder, save_original_format=False) first."
             )
         if pieces is None:
             return model
@@ -251,15 +248,18 @@ def place(model: PreTrainedModel) -> None:
     A trace on ``meta`` would lose the numbers in the constants that it lifts. Buffers that no checkpoint holds get
     their numbers.
     """
-    made: dict[int, torch.Tensor] = {}
+    made: dict[int, Any] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is not None and id(tensor) not in made:
-                    own = torch.empty_like(tensor, device="cpu")
-                    made[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if name in module._parameters else own
-                    made[id(tensor)]._is_hf_initialized = name not in module._non_persistent_buffers_set  # type: ignore[attr-defined]
-                    made[id(made[id(tensor)])] = made[id(tensor)]
                 if tensor is not None:
-                    table[name] = made[id(tensor)]  # type: ignore[assignment]
+                    own = made[id(tensor)] if id(tensor) in made else _reserved(tensor)
+                    own._is_hf_initialized = name not in module._non_persistent_buffers_set
+                    made[id(tensor)] = made[id(own)] = own
+                    table[name] = own
     model.initialize_weights()
+
+
+def _reserved(tensor: torch.Tensor) -> torch.Tensor:
+    own = torch.empty_like(tensor, device="cpu")
+    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own

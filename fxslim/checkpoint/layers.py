@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from fxslim.errors import NarrowError, UnsupportedModelError
 from fxslim.passes.heads import head_edits
@@ -102,10 +101,10 @@ def _taken(part: SitePlan, path: str) -> str:
     return f"{site} {len(part.left)} {len(part.stay)} {groups}"
 
 
-def shortened(original: type[PreTrainedModel], left_out: Alike) -> type[PreTrainedModel]:
+def shortened(original: type[Any], left_out: Alike) -> type[Any]:
     """Return a subclass whose models lack some layers; the others keep their names, and are loaded as always."""
 
-    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
         for path in left_out:
             holder, _, key = path.rpartition(".")
@@ -138,7 +137,7 @@ def extended(model: nn.Module, plan: Plan, found: Plan, left_out: Alike) -> Plan
     twins = {part.site.name: _twins(part, plan, left_out) for part in found.sites}
     spread = [twin for name in found.spread for twin in twins[name]]
     stuck = tuple(twin.site.name for name in found.zeroed for twin in twins[name])
-    edits = [edit for edit in found.edits if not isinstance(edit, SpreadEdit | MultiheadEdit)]
+    edits: list[AnyEdit] = [edit for edit in found.edits if not isinstance(edit, SpreadEdit | MultiheadEdit)]
     for path, stands in left_out.items():
         edits += [_carried(edit, path, stands, found, twins) for edit in edits
                   if f"{edit.module}.".startswith(f"{stands}.")]  # fmt: skip

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from fxslim import hf
 from fxslim.asked import Fractions, wanted
 from fxslim.checkpoint.files import read_shards
-from fxslim.checkpoint.keys import Weights, place, keys_of
+from fxslim.checkpoint.keys import Weights, keys_of, place
 from fxslim.errors import InputError
 from fxslim.passes import pipelines as lines
 from fxslim.plan import Plan
@@ -23,8 +23,8 @@ from fxslim.program import Program
 def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked: Unpack[Fractions]) -> Plan:
     """Choose what to take out of a checkpoint by the magnitude of its weights, without loading it.
 
-    The model is traced without its weights; then every tensor that decides anything is read, measured, and forgotten. The
-    plan is the one that `fxslim.plan` makes of the loaded model.
+    The model is traced without its weights; then every tensor that decides anything is read, measured, and forgotten.
+    The plan is the one that `fxslim.plan` makes of the loaded model.
 
     Args:
         src: a local folder with a dense checkpoint of transformers in safetensors files.
@@ -42,13 +42,13 @@ def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked
     skeleton = hf.skeleton(folder)
     place(skeleton)
     keys = keys_of(skeleton, shards)
-    with bar(3, visible=progress) as step:
+    with bar(2, unit="step", visible=progress) as step:
         facts = lines.inspecting().run(lines.subject(skeleton, None))
         step(1)
         program = facts.get(Program)
         program = dataclasses.replace(program, tensors=Weights(keys, program.tensors))
         chosen = lines.choosing(request, tuple(facts.known)).run(*facts.adding(program).known.values())
-        step(2)
+        step(1)
     return chosen.get(Plan)
 
 
@@ -61,12 +61,12 @@ def folder_of(src: str | PathLike[str]) -> Path:
 
 
 @contextmanager
-def bar(total: int, *, visible: bool) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar over ``total`` steps, or bytes."""
+def bar(total: int, *, unit: str, visible: bool) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar over ``total`` units."""
     if not visible:
         yield lambda count: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="fxslim", leave=False, unit="B" if total > 3 else "", unit_scale=True) as shown:
+    with tqdm(total=total, desc="fxslim", leave=False, unit=unit, unit_scale=True) as shown:
         yield shown.update

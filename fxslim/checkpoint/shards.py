@@ -54,7 +54,8 @@ class Written:
             yield self.source.bytes, self.change.apply(folded(weights, self.folds)[self.piece.tensor])
             return
         rows = self.source.shape[0] if self.source.shape else 1
-        whole = not self.source.shape or any(row.lead not in (0, None) and row.dim == 0 for row in self.change.removed)
+        every = (*self.change.cleared, *self.change.removed)
+        whole = not self.source.shape or any(row.lead not in (0, None) and row.dim == 0 for row in every)
         step = rows if whole else max(1, PIECE * rows // max(self.source.bytes, 1))
         for first in range(0, rows, max(step, 1)):
             last = min(first + step, rows)
@@ -86,10 +87,11 @@ def targets(shards: Sequence[Shard], keys: Keys, plan: Plan, aliases: Mapping[st
         raise UnsupportedModelError(f"{name} is not stored, but computed while loading ({keys.opaque[name]}); {LOAD}")
     for name in (change.keys() | biases.keys()) - stored:
         raise UnsupportedModelError(f"the plan narrows {name}, which is not stored; {LOAD}")
+    names = {(piece.tensor, piece.expert, piece.first): name for name, piece in keys.pieces.items()}
     made: dict[str, list[Written]] = {}
     for shard in shards:
         every = [keys.pieces[one.name] for one in shard.tensors if one.name in keys.pieces]
-        several = [_written(piece, keys, change.get(piece.tensor, Change()), tuple(biases.get(piece.tensor, ())))
+        several = [_written(piece, names, change.get(piece.tensor, Change()), tuple(biases.get(piece.tensor, ())))
                    for piece in every]  # fmt: skip
         kept = [one for one in several if one is not None]
         made[shard.file.name] = sorted(kept, key=lambda one: -one.target.dtype.itemsize)  # no tensor is misaligned
@@ -99,8 +101,10 @@ def targets(shards: Sequence[Shard], keys: Keys, plan: Plan, aliases: Mapping[st
 LOAD = "load the model, narrow it with fxslim.slim and save it with fxslim.save_pretrained."
 
 
-def _written(piece: Piece, keys: Keys, change: Change, folds: tuple[SitePlan, ...]) -> Written | None:
-    """Return what becomes of a stored tensor; None for an expert that goes."""
+def _written(
+    piece: Piece, names: Mapping[tuple[str, int | None, int], str], change: Change, folds: tuple[SitePlan, ...]
+) -> Written | None:
+    """Return what becomes of a stored tensor; None for an expert that goes, whose name the next one takes."""
     name = piece.stored.name
     if folds and (piece.expert is not None or piece.dim is not None):
         raise UnsupportedModelError(f"a constant is folded into {piece.tensor}, which is stored in parts; {LOAD}")
@@ -110,7 +114,7 @@ def _written(piece: Piece, keys: Keys, change: Change, folds: tuple[SitePlan, ..
         if kept is not None:
             if piece.expert not in kept:
                 return None
-            name = _name(keys, piece, int(np.searchsorted(kept, piece.expert)))
+            name = names[piece.tensor, int(np.searchsorted(kept, piece.expert)), piece.first]
         rest = Change(change.cleared, tuple(row for row in change.removed if row.dim != 0))
         change = rest.on(lambda row: row.of_expert(piece.expert or 0))
     if piece.own_dim is not None:
@@ -120,11 +124,6 @@ def _written(piece: Piece, keys: Keys, change: Change, folds: tuple[SitePlan, ..
         shape[row.dim] = int((~row.gone[0] if row.gone.ndim == 2 else ~row.gone).sum())
     target = dataclasses.replace(piece.stored, name=name, shape=tuple(shape), file=Path())
     return Written(piece.stored, target, change, folds, piece)
-
-
-def _name(keys: Keys, piece: Piece, number: int) -> str:
-    """Return the name that an expert's tensor has under another number."""
-    return next(own.stored.name for own in keys.of(piece.tensor) if (own.expert, own.first) == (number, piece.first))
 
 
 def _part(row: Rows, piece: Piece) -> Rows:
@@ -161,7 +160,7 @@ def _write(path: Path, tensors: Sequence[Written], weights: Weights, metadata: M
         for one in tensors:
             count = 0
             for read, tensor in one.pieces(weights):
-                data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 checksum.update(data)
                 sent = 0
                 while sent < len(data):

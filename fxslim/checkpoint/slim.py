@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
 import fxslim
@@ -82,8 +82,9 @@ def slim_checkpoint(
         weights = Weights(keys, named_once(skeleton)[0])
         files = targets(shards, keys, whole, aliases)
         _check_space(staging, files)
+        replay(skeleton, whole)
         (staging / hf.PLAN_FILE).write_text(whole.to_json() + "\n", encoding="utf-8")
-        with bar(sum(shard.bytes for shard in shards), visible=progress) as step:
+        with bar(sum(shard.bytes for shard in shards), unit="B", visible=progress) as step:
             write_shards(staging, files, weights, {"format": "pt"}, step)
         _describe(source, skeleton, whole, staging)
         (staging / DONE).unlink()
@@ -106,7 +107,7 @@ def _earlier(staging: Path) -> Plan | None:
     return None
 
 
-def _edited(source: Path, skeleton: PreTrainedModel, plan: Plan, keys: Keys, *, progress: bool) -> Plan:
+def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bool) -> Plan:
     """Return the plan with the edits that it needs, found and verified on one layer of every kind."""
     if plan.edits or plan.spread or plan.zeroed or not plan.sites:
         return plan
@@ -118,7 +119,9 @@ def _edited(source: Path, skeleton: PreTrainedModel, plan: Plan, keys: Keys, *, 
     few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
     few.eval()
     part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
-    found = api.slim(few, plan=part, progress=progress).fxslim.plan
+    small: Any = api.slim(few, plan=part, progress=progress)
+    found: Plan = small.fxslim.plan
+    del few, small
     if [own.model_copy(update={"folds": ()}) for own in found.sites] != [
         own.model_copy(update={"folds": ()}) for own in part.sites
     ]:
@@ -139,9 +142,8 @@ def _check_space(staging: Path, files: dict[str, list[Written]]) -> None:
         raise InputError(f"{needed} bytes are to be written to {staging.parent}, where {free} are free.")
 
 
-def _describe(source: Path, skeleton: PreTrainedModel, plan: Plan, staging: Path) -> None:
-    """Write the config, the generation config and the tokenizer's files."""
-    replay(skeleton, plan)
+def _describe(source: Path, skeleton: Any, plan: Plan, staging: Path) -> None:
+    """Write the narrowed skeleton's config, the generation config and the tokenizer's files."""
     skeleton.config.fxslim = plan.model_dump(mode="json", exclude_none=True)
     skeleton.config.architectures = [type(skeleton).__name__]
     skeleton.config.save_pretrained(staging)
