@@ -104,6 +104,30 @@ class Wanted:
         return calibration(model, self.data, max_tokens=self.max_tokens, seed=self.seed)
 
 
+def request_of(asked: Fractions, kind: type[Fractions] = Fractions) -> Request:
+    """Check the keywords that say what goes, and return them as a request.
+
+    Args:
+        asked: the keywords.
+        kind: which others are known beside them.
+
+    Raises:
+        RequestError: a keyword or value that means nothing.
+    """
+    known = tuple(kind.__annotations__)
+    for name in asked:
+        if name not in known:
+            hint = nearest(name, known, "=") or f" There are {', '.join(known)}."
+            raise RequestError(f"{name}= means nothing here.{hint}")
+    fractions = {name: asked[name] for name in ("ffn", "heads", "kv_groups", "experts", "value") if name in asked}
+    return Request(
+        **fractions,
+        round_to=asked.get("round_to", 1),
+        include=globs(asked.get("include")),
+        skip=globs(asked.get("skip")),
+    )
+
+
 def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
     """Check what was asked.
 
@@ -114,18 +138,7 @@ def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
     Raises:
         RequestError: a keyword or value that means nothing, or several that contradict each other.
     """
-    known = Asked.__annotations__
-    for name in asked:
-        if name not in known:
-            hint = nearest(name, tuple(known), "=") or f" There are {', '.join(known)}."
-            raise RequestError(f"{name}= means nothing here.{hint}")
-    fractions = {name: asked[name] for name in ("ffn", "heads", "kv_groups", "experts", "value") if name in asked}
-    request = Request(
-        **fractions,
-        round_to=asked.get("round_to", 1),
-        include=globs(asked.get("include")),
-        skip=globs(asked.get("skip")),
-    )
+    request = request_of(asked, Asked)
     budget = targets(asked.get("target"))
     if budget and not request.lossless:
         raise RequestError("give fractions or a target, not both: a target decides how much goes where.")

@@ -31,7 +31,7 @@ class ExportError(FxslimError):
     """A format cannot hold the model, or what was written computes something else than the model."""
 
 
-class StorageError(FxslimError, OSError):
+class StorageError(InputError, OSError):
     """Files cannot be written or read: no room, no permission, a file that is missing or cut short."""
 
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from fxslim.errors import InputError
+from fxslim.errors import InputError, StorageError
 
 try:
     import fcntl
@@ -45,8 +45,9 @@ def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> I
             or was killed is kept (as ``.NAME.JOB.resume``), and the next block of this name gets it.
 
     Raises:
-        InputError: ``folder`` exists and ``force`` is not given, it does not look like a checkpoint, the disk cannot be
-            written to, or somebody else is doing the same job.
+        InputError: ``folder`` exists and ``force`` is not given, it does not look like a checkpoint, or somebody else
+            is doing the same job.
+        StorageError: the disk cannot be written to.
     """
     folder = folder.resolve()
     check_free(folder, force=force)
@@ -85,17 +86,17 @@ def check_free(folder: Path, *, force: bool) -> None:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turn what the system says of the disk into an InputError."""
+    """Turn what the system says of the disk into a StorageError."""
     try:
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise InputError(f"{folder} cannot be written: {error.strerror}. What was there is as it was.") from error
+        raise StorageError(f"{folder} cannot be written: {error.strerror}. What was there is as it was.") from error
     except SafetensorError as error:
         if "os error" not in str(error):
             raise
-        raise InputError(f"{folder} cannot be written: {error}. What was there is as it was.") from error
+        raise StorageError(f"{folder} cannot be written: {error}. What was there is as it was.") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from fxslim import hf
 from fxslim.checkpoint import shards as writing
 from fxslim.checkpoint.files import INDEX, WEIGHTS, Stored
 from fxslim.checkpoint.layers import alike
-from fxslim.errors import InputError, PlanError
+from fxslim.errors import InputError, PlanError, RequestError
 from fxslim.plan import Plan
 
 from agreement import difference, outputs
@@ -268,6 +268,8 @@ def test_plans_that_do_not_belong_are_refused(
         fxslim.slim_checkpoint(sharded, tmp_path / "small", plan, ffn=0.5)
     with pytest.raises(InputError, match="there is no folder"):
         fxslim.plan_checkpoint(tmp_path / "nowhere", ffn=0.5)
+    with pytest.raises(RequestError, match="method= means nothing here"):
+        fxslim.plan_checkpoint(sharded, method="obs")  # type: ignore[call-arg]
     assert not list(tmp_path.iterdir())
 
 

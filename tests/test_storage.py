@@ -62,7 +62,10 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "failure",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_leaves_the_old_folder(
     small: Any, folder: Path, failure: Exception, monkeypatch: pytest.MonkeyPatch

@@ -139,8 +139,8 @@ class _Matching:
         steps = converter.operations
         stacked = isinstance(steps[0], MergeModulelist) and steps[0].dim == 0
         rest = steps[1:] if stacked else steps
-        known = not rest or (len(rest) == 1 and isinstance(rest[0], Concatenate))
-        dim = rest[0].dim if known and rest else None
+        join = rest[0] if len(rest) == 1 and isinstance(rest[0], Concatenate) else None
+        known, dim = not rest or join is not None, None if join is None else join.dim
         order = [parts[pattern] for pattern in converter.source_patterns if pattern in parts]
         if not known or len(converter.target_patterns) != 1 or (stacked and dim == 0):
             for target in converter.target_patterns:
@@ -250,7 +250,8 @@ def place(model: PreTrainedModel) -> None:
     """
     made: dict[int, Any] = {}
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is not None:
                     own = made[id(tensor)] if id(tensor) in made else _reserved(tensor)

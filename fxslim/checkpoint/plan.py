@@ -11,7 +11,7 @@ from pathlib import Path
 from typing_extensions import Unpack
 
 from fxslim import hf
-from fxslim.asked import Fractions, wanted
+from fxslim.asked import Fractions, request_of
 from fxslim.checkpoint.files import read_shards
 from fxslim.checkpoint.keys import Weights, keys_of, place
 from fxslim.errors import InputError
@@ -36,7 +36,7 @@ def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked
         RequestError: a fraction is out of range, or a glob matches nothing.
         UnsupportedModelError: the checkpoint is quantized, or transformers does not know its class.
     """
-    request = wanted(asked).request
+    request = request_of(asked)
     folder = folder_of(src)
     shards = read_shards(folder)
     skeleton = hf.skeleton(folder)

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ class Written:
         for first in range(0, rows, max(step, 1)):
             last = min(first + step, rows)
             part = self.source.read() if whole else self.source.read(first, last)
-            change = self.change if whole else self.change.on(lambda row, a=first, b=last: row.between(a, b))
+            change = self.change if whole else self.change.on(partial(Rows.between, first=first, last=last))
             yield part.nbytes, change.apply(part)
 
 

@@ -32,7 +32,7 @@ def card(small: PreTrainedModel, record: Record, *, source: str | PathLike[str] 
             about results (``model-index``) is left out: the dense model had them.
     """
     earlier = _earlier(source)
-    data: dict[str, Any] = {} if earlier is None else earlier.data.to_dict()
+    data: dict[str, Any] = {} if earlier is None else earlier.data.to_dict()  # type: ignore[no-untyped-call]
     data.pop("model-index", None)
     data["library_name"] = data.get("library_name", "transformers")
     data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *TAGS]))

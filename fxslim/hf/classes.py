@@ -35,8 +35,8 @@ def model_class(
     """
     for name in config.architectures or ():
         references = getattr(config, "auto_map", None) or {}
-        for reference in references.values() if source is not None else ():
-            if isinstance(reference, str) and reference.rpartition(".")[2] == name:
+        for reference in references.values():
+            if source is not None and isinstance(reference, str) and reference.rpartition(".")[2] == name:
                 return cast("type[PreTrainedModel]", get_class_from_dynamic_module(reference, fspath(source), **where))
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -70,8 +67,8 @@ def save_pretrained(
         VerifyError: what was written does not load back as ``small``.
     """
     model, record = _narrowed(small)
-    sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    with _writing(folder), replacing(Path(folder), force=force) as staging:
+    sharding: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    with replacing(Path(folder), force=force) as staging:
         model.save_pretrained(staging, **sharding)
         (staging / PLAN_FILE).write_text(record.plan.to_json() + "\n", encoding="utf-8")
         if tokenizer_from is not None:
@@ -159,15 +156,3 @@ def _narrowed(small: nn.Module) -> tuple[PreTrainedModel, Record]:
             "to one dtype first, for example with small.to(torch.float32)."
         )
     return small, record
-
-
-@contextmanager
-def _writing(folder: str | PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{folder} cannot be written: {first_line(error)}. Nothing was changed; make room or choose another folder."
-        ) from error
