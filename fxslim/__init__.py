@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
+    from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
     from fxslim.hf import from_pretrained, save_pretrained
     from fxslim.plan import Plan
@@ -31,6 +32,7 @@ _HOMES = MappingProxyType(
         **dict.fromkeys(("compile", "inspect", "masked", "plan", "slim", "verify"), "fxslim.api"),
         **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
         **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
+        "draw": "fxslim.draw.write",
         "FxslimError": "fxslim.errors",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "compile",
     "count",
+    "draw",
     "errors",
     "from_pretrained",
     "inc",

@@ -1,10 +1,10 @@
-"""Write a folder so that nobody ever sees half of it."""
+"""Write a folder, or files, so that nobody ever sees half of it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -40,6 +40,24 @@ def replacing(folder: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def write_files(contents: Mapping[Path, str]) -> None:
+    """Write text files, each in one step: a reader sees the old file or the new one. None is begun if one cannot be made.
+
+    Raises:
+        OSError: a folder does not exist, or cannot be written to.
+    """
+    drafts = {path: path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial") for path in contents}
+    try:
+        for path, content in contents.items():
+            drafts[path].write_text(content, encoding="utf-8")
+            _sync_entry(drafts[path])
+        for path, draft in drafts.items():
+            draft.replace(path)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
 
 
 def check_free(folder: Path, *, force: bool) -> None:

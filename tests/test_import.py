@@ -50,7 +50,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"passes"}),
     frozenset({"asked", "api"}),
-    frozenset({"training"}),
+    frozenset({"training", "draw"}),
     frozenset({"hf", "cli", "demo"}),
     frozenset({"inc"}),
 )
