@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
+    from fxslim.draw.page import save_report
     from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
     from fxslim.hf import from_pretrained, save_pretrained
@@ -33,6 +34,7 @@ _HOMES = MappingProxyType(
         **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
         **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
         "draw": "fxslim.draw.write",
+        "save_report": "fxslim.draw.page",
         "FxslimError": "fxslim.errors",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",

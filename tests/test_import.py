@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"labels"}),
+    frozenset({"labels", "tables"}),
     frozenset({"program", "plan", "overlay", "gather", "multihead", "spread"}),
     frozenset(
         {
@@ -49,7 +49,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"passes"}),
-    frozenset({"asked", "api"}),
+    frozenset({"asked", "api", "debug"}),
     frozenset({"training", "draw"}),
     frozenset({"hf", "cli", "demo"}),
     frozenset({"inc"}),

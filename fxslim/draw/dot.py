@@ -132,7 +132,7 @@ def _clusters(nodes: Iterable[tuple[str, str]]) -> Iterator[str]:
             if outer == path:
                 yield f"{indent}subgraph {_quoted('cluster ' + inner)} {{"
                 label = inner[len(path) + 1 if path else 0 :]
-                look = f'color="{LINE}", style="rounded,filled", fillcolor="#f5f7fa"'
+                look = f'color="{LINE}"; style="rounded,filled"; fillcolor="#f5f7fa"'
                 yield f"{indent}  label={_quoted(label)}; labeljust=l; {look};"
                 yield from lines(inner, indent + "  ")
                 yield f"{indent}}}"
