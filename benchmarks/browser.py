@@ -157,7 +157,7 @@ def browser(program: str, *, width: int = 1440, height: int = 900) -> Iterator[B
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                    "--remote-debugging-pipe", f"--user-data-dir={profile}", f"--window-size={width},{height}",
                    "--hide-scrollbars", "--force-color-profile=srgb"]  # fmt: skip
-        places = f"exec 3<&{to_read} 4>&{back_write}; exec \"$@\""
+        places = f'exec 3<&{to_read} 4>&{back_write}; exec "$@"'
         process = subprocess.Popen(
             ["bash", "-c", places, "chromium", program, *options, "about:blank"],
             pass_fds=(to_read, back_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -166,7 +166,8 @@ def browser(program: str, *, width: int = 1440, height: int = 900) -> Iterator[B
         os.close(back_write)
         try:
             page = Browser(to, back)
-            page.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+            sizes = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            page.send("Emulation.setDeviceMetricsOverride", **sizes)
             yield page
             page._session = ""
             page.send("Browser.close")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
-    from fxslim.draw.page import save_report
+    from fxslim.draw.page import save_report as save_report
     from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
     from fxslim.hf import from_pretrained, save_pretrained

@@ -43,7 +43,9 @@ def replacing(folder: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def write_files(contents: Mapping[Path, str]) -> None:
-    """Write text files, each in one step: a reader sees the old file or the new one. None is begun if one cannot be made.
+    """Write text files, each in one step: a reader sees the old file or the new one.
+
+    All are made beside their places first: if one cannot be, none is replaced.
 
     Raises:
         OSError: a folder does not exist, or cannot be written to.

@@ -40,10 +40,10 @@ class Table:
         head = "".join(
             f"<th{look}>{escape(name.removesuffix('#'))}</th>" for name, look in zip(self.columns, classes, strict=True)
         )
-        body = "\n".join(
-            "<tr>" + "".join(f"<td{k}>{escape(_cell(cell))}</td>" for cell, k in zip(row, classes, strict=True)) + "</tr>"
-            for row in self.rows
+        rows = (
+            [f"<td{k}>{escape(_cell(cell))}</td>" for cell, k in zip(row, classes, strict=True)] for row in self.rows
         )
+        body = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
         caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 

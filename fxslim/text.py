@@ -13,6 +13,7 @@ from fxslim.labels import Components
 from fxslim.plan import Block, Site, Slice, blocks_of
 from fxslim.program import Program, shape_of
 
+
 def site_lines(sites: Iterable[Site]) -> list[str]:
     """Print sites: one line each, and one for every slice."""
     lines = []

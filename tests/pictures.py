@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from fxslim.draw.picture import Box, Feed, Group, Op, Picture, Rows, Stay, Total
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"'&\\"
@@ -21,7 +23,7 @@ def picture(name: str = "up") -> Picture:
     return Picture(
         title=f"Made {name}",
         sites=sites,
-        feeds=tuple(Feed(one, other, "stream 1") for one, other in zip(chain, chain[1:], strict=False)),
+        feeds=tuple(Feed(one, other, "stream 1") for one, other in pairwise(chain)),
         groups=(
             *(Group(box.name, "site", box.units) for box in sites),
             Group("stream 1", "stream", 16, f"tied by {name}"),
@@ -44,7 +46,9 @@ def _ffn(layer: str, name: str, ops: tuple[int, ...]) -> Box:
     module = f"{layer}.mlp"
     rows = (Rows(f"{module}.{name}.weight", 0, 48, 12, "out"), Rows(f"{module}.down.weight", 1, 48, 12, "in"))
     roles = (("up", (f"{module}.{name}.weight",)), ("down", (f"{module}.down.weight",)))
-    return Box(f"{module}:ffn", "ffn", module, "channels", 48, 12, ((0, 12),), roles=roles, rows=rows, ops=ops, note=name)
+    return Box(
+        f"{module}:ffn", "ffn", module, "channels", 48, 12, ((0, 12),), roles=roles, rows=rows, ops=ops, note=name
+    )
 
 
 def _ops(site: str, name: str) -> tuple[Op, ...]:
@@ -53,7 +57,8 @@ def _ops(site: str, name: str) -> tuple[Op, ...]:
         Op("x", "input", "", (), "B×S×16", "float32", groups=stream),
         Op(f"linear_{name}", "aten.linear", f"layers.0.mlp.{name}", (0,), "B×S×48", "float32", "B×S×12", 0.25,
            (f"layers.0.mlp.{name}.weight",), ((site, "up"),), (name,), inner),
-        Op("gelu", "aten.gelu", "layers.0.mlp", (1,), "B×S×48", "float32", "B×S×12", 0.25, (), ((site, "act"),), (), inner),
+        Op("gelu", "aten.gelu", "layers.0.mlp", (1,), "B×S×48", "float32", "B×S×12", 0.25, (),
+           ((site, "act"),), (), inner),
         Op("linear_1", "aten.linear", "layers.0.mlp.down", (2,), "B×S×16", "float32", "", 1.0,
            ("layers.0.mlp.down.weight",), ((site, "down"),), (), stream),
         Op("output", "output", "", (3,), "", "", pinned=("an output of the model",)),

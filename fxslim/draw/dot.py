@@ -48,10 +48,13 @@ def svg(picture: Picture, *, site: str | None = None) -> str:
 
 def _site_graph(picture: Picture) -> Iterator[str]:
     modules = [box.module for box in picture.sites]
-    nodes = [(box.module, f"{_quoted(box.name)} [label={_site_label(box, picture, modules)}];") for box in picture.sites]
+    labels = [_site_label(box, picture, modules) for box in picture.sites]
+    nodes = [
+        (box.module, f"{_quoted(box.name)} [label={text}];") for box, text in zip(picture.sites, labels, strict=True)
+    ]
     yield from _clusters(nodes)
     ends = {feed.source for feed in picture.feeds} | {feed.target for feed in picture.feeds}
-    yield from (f"  {end} [fillcolor=\"#eaeef4\"];" for end in (INPUT, OUTPUT) if end in ends)
+    yield from (f'  {end} [fillcolor="#eaeef4"];' for end in (INPUT, OUTPUT) if end in ends)
     for feed in picture.feeds:
         look = f'color="{STREAM}", penwidth=2, tooltip={_quoted(feed.group)}' if feed.group else "style=dashed"
         yield f"  {_quoted(feed.source)} -> {_quoted(feed.target)} [{look}];"
@@ -98,7 +101,8 @@ def _op_graph(picture: Picture, box: Box) -> Iterator[str]:
 
 def _op_label(op: Op, site: str) -> str:
     role = next((role for name, role in op.roles if name == site), "")
-    head = f"<B>{_text(op.op.removeprefix('aten.'))}</B>" + (f'  <FONT COLOR="#6a4cc2">{_text(role)}</FONT>' if role else "")
+    head = f"<B>{_text(op.op.removeprefix('aten.'))}</B>"
+    head += f'  <FONT COLOR="#6a4cc2">{_text(role)}</FONT>' if role else ""
     shape = f"{op.shape} \N{RIGHTWARDS ARROW} {op.after}" if op.after else op.shape
     lines = [head, f'<FONT COLOR="{MUTED}" POINT-SIZE="9">{_text(f"{shape} {op.dtype}")}</FONT>']
     lines += [f'<FONT COLOR="#b3430f" POINT-SIZE="9">pinned: {_text(reason)}</FONT>' for reason in op.pinned]

@@ -1,8 +1,8 @@
 """Write Model Explorer's graph format, so that people can use that viewer: nodes by module, kept ratios as node data.
 
-The format is that of `github.com/google-ai-edge/model-explorer`, ``input_graph.ts``: a collection of graphs, whose nodes
-have an id, a label, a namespace (``a/b/c``), attributes, incoming edges, and metadata of their outputs. Node data is a
-second file, which that viewer loads beside the first: graph id -> results by node id (``NodeDataProviderData``).
+The format is that of google-ai-edge's ``model-explorer``, ``input_graph.ts``: a collection of graphs, whose nodes have
+an id, a label, a namespace (``a/b/c``), attributes, incoming edges, and metadata of outputs. Node data is a second file,
+which that viewer loads beside the first: graph id -> results by node id (``NodeDataProviderData``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from fxslim.draw.picture import Box, Op, Picture
 SITES, OPERATIONS = "sites", "operations"
 """Ids of the graphs."""
 
-GRADIENT = [{"stop": 0.0, "bgColor": "#b3430f"}, {"stop": 0.5, "bgColor": "#f2d6a2"}, {"stop": 1.0, "bgColor": "#0f7f6a"}]
+GRADIENT = [
+    {"stop": 0.0, "bgColor": "#b3430f"},
+    {"stop": 0.5, "bgColor": "#f2d6a2"},
+    {"stop": 1.0, "bgColor": "#0f7f6a"},
+]
 """From what loses most to what loses least."""
 
 
@@ -46,7 +50,8 @@ def _site_nodes(picture: Picture) -> list[dict[str, Any]]:
     for feed in picture.feeds:
         for end in (feed.source, feed.target):
             nodes.setdefault(end, {"id": end, "label": end, "namespace": "", "incomingEdges": []})
-        nodes[feed.target]["incomingEdges"].append(_edge(feed.source, len(nodes[feed.target]["incomingEdges"]), feed.group))
+        edges = nodes[feed.target]["incomingEdges"]
+        edges.append(_edge(feed.source, len(edges), feed.group))
     return list(nodes.values())
 
 

@@ -28,7 +28,7 @@ def html(picture: Picture) -> str:
 
 def data(picture: Picture) -> str:
     """Return a picture as JSON that can stand inside a script element, whatever names it holds."""
-    text = json.dumps(picture.to_dict(), separators=(",", ":"), allow_nan=False)  # other characters than ASCII are escaped
+    text = json.dumps(picture.to_dict(), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

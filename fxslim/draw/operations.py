@@ -23,8 +23,6 @@ from fxslim.program import Program, is_symbolic, module_path
 LETTERS = ("B", "S")
 """What open sizes of an input's first two axes are called; others keep the names that the trace gave them."""
 
-TIMES = "\N{MULTIPLICATION SIGN}"
-
 
 def traced_ops(program: Program, labels: Labels, sites: Sites, flow: Flow, cut: Cut | None) -> tuple[Op, ...]:
     """Return the operations of a traced program that compute tensors, its inputs and its output."""
@@ -114,11 +112,13 @@ def _described(value: Any, letters: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _shape(sizes: Iterable[str]) -> str:
-    return TIMES.join(sizes) or "scalar"
+    return "×".join(sizes) or "scalar"
 
 
 def _size(size: Any, letters: Mapping[str, str]) -> str:
-    return re.sub(r"\w+", lambda word: letters.get(word[0], word[0]), str(size)) if is_symbolic(size) else str(int(size))
+    if not is_symbolic(size):
+        return str(int(size))
+    return re.sub(r"\w+", lambda word: letters.get(word[0], word[0]), str(size))
 
 
 def _left(node: fx.Node, value: Any, cut: Cut | None, letters: Mapping[str, str]) -> tuple[str, float]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
 import networkx as nx
-import numpy as np
 from torch import fx, nn
 
 from fxslim.api import inspect
@@ -113,7 +113,7 @@ def _of_plan(done: Record | None) -> Picture:
     plan = done.plan
     boxes = tuple(_boxes([part.site for part in plan], done))
     order = [INPUT, *(box.name for box in boxes), OUTPUT]
-    feeds = tuple(Feed(one, other, certain=False) for one, other in zip(order, order[1:], strict=False))
+    feeds = tuple(Feed(one, other, certain=False) for one, other in pairwise(order))
     return Picture(
         title=plan.fingerprint.model_class,
         sites=boxes,
@@ -223,9 +223,7 @@ def _feeds(graph: nx.DiGraph, carried: Mapping[tuple[str, str], str]) -> tuple[F
     return tuple(Feed(one, other, carried.get((one, other), "")) for one, other in edges)
 
 
-def _carried(
-    boxes: Iterable[Box], ops: tuple[Op, ...], groups: Iterable[Group]
-) -> dict[tuple[str, str], str]:
+def _carried(boxes: Iterable[Box], ops: tuple[Op, ...], groups: Iterable[Group]) -> dict[tuple[str, str], str]:
     """Return which stream leads from one site to another: one that the first adds to and the second reads."""
     streams = {group.id for group in groups if group.kind == "stream"}
     read: dict[str, set[str]] = {INPUT: set(streams)}

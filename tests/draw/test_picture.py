@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_what_flows_out_of_a_site_is_the_stream() -> None:
 def test_bert_is_a_chain() -> None:
     picture = case("bert").picture
     order = ["input", *(box.name for box in picture.sites), "output"]
-    assert {(feed.source, feed.target) for feed in picture.feeds} == set(zip(order, order[1:], strict=False))
+    assert {(feed.source, feed.target) for feed in picture.feeds} == set(pairwise(order))
 
 
 def test_pinned_places_say_why() -> None:

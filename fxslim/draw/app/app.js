@@ -1,7 +1,7 @@
 "use strict";
 // The page: what is open, folded and selected; everything that a mouse or a keyboard can do.
 
-const MOST = 140; // boxes that are shown unfolded at first
+const MOST = { sites: 140, ops: 60 }; // boxes that are shown unfolded at first
 const picture = JSON.parse(document.getElementById("picture").textContent);
 const byName = new Map(picture.sites.map((box) => [box.name, box]));
 const groups = new Map(picture.groups.map((group) => [group.id, group]));
@@ -15,7 +15,7 @@ const model = {
   kindOf(node) { return node.box ? node.box.kind : node.op && node.op.groups.length ? model.kind(node.op.groups[0]) : "none"; },
   scale: (box) => box.units / widest.get(box.unit),
   short(node) {
-    const outer = around(node.type === "folded" ? parent(node.module) : node.module, new Set(model.nested.keys()));
+    const outer = around(node.type === "folded" ? parent(node.module) : node.module, model.nested);
     const inner = outer ? node.module.slice(outer.length + 1) : node.module;
     return inner || (node.box ? node.box.kind.replace("_", " ") : node.module);
   },
@@ -38,8 +38,8 @@ function show() {
   else if (what === "module") state.view = opView(picture, picture.ops.flatMap((op, i) => (within(op.module, name) ? [i] : [])));
   else state.view = picture.sites.length || !picture.ops.length ? siteView(picture) : opView(picture, picture.ops.map((_, i) => i));
   const inner = state.view.nodes.filter((node) => node.type !== "stub" && node.type !== "end");
-  model.nested = nest(inner.map((node) => node.module));
-  state.closed = foldedAtFirst(state.view, model.nested, MOST);
+  model.nested = nestInside(inner.map((node) => node.module));
+  state.closed = foldedAtFirst(state.view, model.nested, inner.some((node) => node.box) ? MOST.sites : MOST.ops);
   state.selected = null;
   crumbs(what, name);
   render();
@@ -125,13 +125,8 @@ function unfold(path) {
 }
 function foldAll() {
   const roots = [...model.nested].filter(([, outer]) => outer === "").map(([path]) => path);
-  const only = roots.length === 1 ? [...model.nested].filter(([, outer]) => outer === roots[0]).map(([path]) => path) : [];
-  state.closed = state.closed.size ? new Set() : new Set(only.length ? innermost(only) : roots);
+  state.closed = new Set(state.closed.size ? [] : roots);
   changed(null);
-}
-/** Of the modules below: where a module holds many alike (layers), its members. */
-function innermost(paths) {
-  return paths.flatMap((path) => { const below = [...model.nested].filter(([, outer]) => outer === path).map(([inner]) => inner); return below.length > 1 ? below : [path]; });
 }
 function changed(id) { render(); fit(); details(null); if (id) { const node = select(id, false); if (node) element(id).focus(); } }
 

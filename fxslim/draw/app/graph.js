@@ -22,6 +22,17 @@ function nest(paths) {
   return new Map([...kept].sort().map((path) => [path, around(parent(path), kept)]));
 }
 
+/** The same without a module that holds everything: it says nothing. */
+function nestInside(paths) {
+  const nested = nest(paths);
+  const roots = [...nested].filter(([, outer]) => outer === "").map(([path]) => path);
+  if (roots.length !== 1 || nested.size === 1 || !paths.every((path) => within(path, roots[0]))) return nested;
+  nested.delete(roots[0]);
+  for (const [path, outer] of nested) if (outer === roots[0]) nested.set(path, "");
+  return nested;
+}
+
+/** The nearest of the kept paths (keys of a Map, or a Set) at or above a path. */
 function around(path, kept) {
   while (path && !kept.has(path)) path = parent(path);
   return path;
@@ -68,7 +79,7 @@ function folded(view, nested, closed) {
   for (const node of view.nodes) {
     let top = null;
     if (node.type !== "stub" && node.type !== "end")
-      for (let path = around(node.module, new Set(nested.keys())); path; path = nested.get(path)) if (closed.has(path)) top = path;
+      for (let path = around(node.module, nested); path; path = nested.get(path)) if (closed.has(path)) top = path;
     const id = top === null ? node.id : "m:" + top;
     of.set(node.id, id);
     if (top === null) shown.set(id, node);
@@ -107,13 +118,14 @@ function foldedAtFirst(view, nested, most) {
 /** Let dagre place boxes and links. */
 function placed(view, nested) {
   const graph = new dagre.graphlib.Graph({ compound: true, multigraph: true });
-  graph.setGraph({ rankdir: "TB", nodesep: 26, edgesep: 14, ranksep: 34, marginx: 16, marginy: 16 });
+  graph.setGraph({ rankdir: "TB", nodesep: 26, edgesep: 14, ranksep: 34, marginx: 16, marginy: 16,
+    ranker: view.nodes.length > 62 ? "tight-tree" : "network-simplex" });
   graph.setDefaultEdgeLabel(() => ({}));
   const used = new Set();
   for (const node of view.nodes) {
     const [width, height] = SIZE[node.type];
     graph.setNode(node.id, { width, height });
-    let outer = node.type === "folded" ? nested.get(node.module) : around(node.module, new Set(nested.keys()));
+    let outer = node.type === "folded" ? nested.get(node.module) : around(node.module, nested);
     if (node.type === "stub" || node.type === "end") outer = "";
     if (outer) graph.setParent(node.id, join(outer));
   }

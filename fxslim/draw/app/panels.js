@@ -30,7 +30,7 @@ function drawOutline(place, model, query, handlers) {
   const rows = [];
   let heading = null;
   for (const box of sites) {
-    const module = around(box.module, new Set(nested.keys()));
+    const module = around(box.module, nested);
     if (module !== heading) rows.push(make("h2", { class: "name" }, module || "the model itself"));
     heading = module;
     const short = box.module === module ? box.kind : box.module.slice(module ? module.length + 1 : 0) || box.kind;
