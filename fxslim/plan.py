@@ -459,7 +459,8 @@ class Plan(Shown, Frozen):
             for part in self.sites
         ]
         said = [f"note: {note.where}: {note.reason}" for note in self.notes]
-        return [Table(("site", "kind", "kept#", "of#", "#"), rows) if rows else "nothing to take out", *said]
+        title = f"narrowed: {len(rows)}"
+        return [Table(("site", "kind", "kept#", "of#", "#"), rows, title) if rows else "nothing to take out", *said]
 
     def then(self, other: Plan) -> Plan:
         """Return the plan that does this one and then, on the result, another.

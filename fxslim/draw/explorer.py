@@ -1,8 +1,8 @@
 """Write Model Explorer's graph format, so that people can use that viewer: nodes by module, kept ratios as node data.
 
 The format is that of google-ai-edge's ``model-explorer``, ``input_graph.ts``: a collection of graphs, whose nodes have
-an id, a label, a namespace (``a/b/c``), attributes, incoming edges, and metadata of outputs. Node data is a second file,
-which that viewer loads beside the first: graph id -> results by node id (``NodeDataProviderData``).
+an id, a label, a namespace (``a/b/c``), attributes, incoming edges, and metadata of outputs. Node data is a second
+file, which that viewer loads beside the first: graph id -> results by node id (``NodeDataProviderData``).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from fxslim.draw.read import picture_of
 from fxslim.errors import InputError
 from fxslim.folder import write_files
 from fxslim.report import Report
-from fxslim.text import Table
+from fxslim.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,6 +76,8 @@ def _plots(report: Report) -> Iterator[Figure]:
         yield plots.kept(report)
     if any(isfinite(fit.damage) for fit in report.fits):
         yield plots.damage(report)
+    if any(isfinite(fit.error) for fit in report.fits):
+        yield plots.repair(report)
 
 
 def _notes(report: Report) -> str:

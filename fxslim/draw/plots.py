@@ -67,16 +67,34 @@ def damage(report: Report) -> Figure:
     """Plot what taking units out was expected to cost the output at every site, at the level that was chosen.
 
     Raises:
-        InputError: nothing was measured: the plan was not made on calibration data.
+        InputError: nothing was measured: no budget was shared out on calibration data.
     """
     fits = [fit for fit in report.fits if isfinite(fit.damage)]
     if not fits:
-        raise InputError("this report holds no damage: it is measured where calibration= is given.")
+        raise InputError("this report holds no damage: it is measured where calibration= comes with a target=.")
     figure, axes = _figure("Expected damage at the chosen level", "kept", "damage to the output")
     for kind in dict.fromkeys(fit.kind for fit in fits):
         points = [(fit.kept / fit.units, fit.damage) for fit in fits if fit.kind == kind]
         axes.plot(*zip(*points, strict=True), "o", color=COLOURS.get(kind), label=kind, markersize=5)
     _shares(axes, "x")
+    return _legend(figure, axes)
+
+
+def repair(report: Report) -> Figure:
+    """Plot the error of what every site returns, without and with repair, on rows that nothing was fitted on.
+
+    Raises:
+        InputError: nothing was repaired.
+    """
+    fits = [(i, fit) for i, fit in enumerate(report.fits) if isfinite(fit.error)]
+    if not fits:
+        raise InputError("this report holds no repair: what is left is fitted where calibration= is given.")
+    figure, axes = _figure("Error of what a site returns", "site, in the order of execution", "relative to the target")
+    axes.plot([i for i, _ in fits], [fit.plain for _, fit in fits], "o", color="#a9b3c1", label="sliced", markersize=5)
+    axes.plot(
+        [i for i, _ in fits], [fit.error for _, fit in fits], "o", color="#0f7f6a", label="repaired", markersize=5
+    )
+    axes.set_ylim(bottom=0)
     return _legend(figure, axes)
 
 

@@ -23,8 +23,8 @@ from hard import HARD
 EVERY = {"bert": ARCHITECTURES["bert"], "llama_gqa": ARCHITECTURES["llama_gqa"], "t5": HARD["t5"]}
 SITES = {"bert": (2, 2), "llama_gqa": (2, 2), "t5": (6, 4)}
 """How many attention and feed-forward sites there are, by the configs: two layers (T5: with cross attention)."""
-STREAMS = {"bert": 1, "llama_gqa": 1, "t5": 2}
-"""Encoder and decoder have a residual stream each."""
+STREAMS = {"bert": 1, "llama_gqa": 1, "t5": 1}
+"""Encoder and decoder of T5 share their embeddings, so that their residual streams are one."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,20 +20,27 @@ pytest.importorskip("pygraphviz", reason="the page's graph needs pygraphviz: fxs
 from fxslim.draw import plots
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down(self.up(x).relu()) + x
+        return found
+
+
 class Strange(nn.Module):
-    """A feed-forward block with a module whose name is markup."""
+    """A feed-forward block whose name is markup."""
 
     NAME = "<b onclick=alert(1)>"
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(6, 8)
-        self.add_module(self.NAME, nn.Linear(8, 6))
-        self.last = nn.Linear(6, 4)
+        self.add_module(self.NAME, Block())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        down: nn.Module = getattr(self, self.NAME)
-        found: torch.Tensor = self.last(down(self.up(x).relu()) + x)
+        found: torch.Tensor = getattr(self, self.NAME)(x)
         return found
 
 
@@ -48,7 +54,8 @@ def found() -> fxslim.Inspection:
 def calibrated() -> fxslim.Report:
     model = ARCHITECTURES["bert"].build(torch.float32)
     batches = [dict(ARCHITECTURES["bert"].inputs(4, 9))]
-    report = fxslim.slim(model, calibration=batches, ffn=0.5, heads=0.5).fxslim.report  # type: ignore[union-attr]
+    target = fxslim.params(0.9)
+    report = fxslim.slim(model, calibration=batches, target=target).fxslim.report  # type: ignore[union-attr]
     assert isinstance(report, fxslim.Report)
     return report
 
@@ -78,28 +85,34 @@ def test_notebooks_show_tables_and_names_stay_text(found: fxslim.Inspection) -> 
         html = Tags(shown._repr_html_())  # type: ignore[union-attr]
         assert set(words) <= set(html.cells), html.cells
         assert not {"b", "script"} & set(html.tags)
-    assert Strange.NAME in str(found) and escape(Strange.NAME) in found._repr_html_()
+        assert not words[0] == "ffn" or f"{Strange.NAME}:ffn" in html.cells
+    assert Strange.NAME in str(found)
 
 
 def test_plans_print_what_is_kept(found: fxslim.Inspection) -> None:
     lines = str(fxslim.plan(found, ffn=0.25)).splitlines()
-    assert lines[0].split() == ["site", "kind", "kept", "of"]
+    assert lines[0] == "narrowed: 1" and lines[2].split() == ["site", "kind", "kept", "of"]
     assert lines[-1].split()[-4:] == ["ffn", "6", "8", "75%"]
 
 
 def test_plots_hold_what_the_plan_says(calibrated: fxslim.Report) -> None:
     axes = plots.kept(calibrated).axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
-    assert lines == {"attention": [0.5, 0.5], "ffn": [0.5, 0.5]}
+    by_kind: dict[str, list[float]] = {}
+    for part in calibrated.plan:
+        by_kind.setdefault(part.site.kind, []).append(len(part.keep) / part.site.units)
+    assert lines == by_kind and min(min(ratios) for ratios in by_kind.values()) < 1
     assert plots.kept(calibrated.plan).axes[0].get_title(loc="left") == axes.get_title(loc="left")
     points = [y for line in plots.damage(calibrated).axes[0].get_lines() for y in line.get_ydata()]
     assert sorted(points) == sorted(fit.damage for fit in calibrated.fits)
+    sliced, repaired = plots.repair(calibrated).axes[0].get_lines()
+    assert list(sliced.get_ydata()) == [fit.plain for fit in calibrated.fits]
+    assert list(repaired.get_ydata()) == [fit.error for fit in calibrated.fits]
 
 
 def test_scores_are_magnitudes_of_units(found: fxslim.Inspection) -> None:
-    model = found.analysis.model  # type: ignore[union-attr]
-    rows = torch.cat([model.up.weight, model.up.bias[:, None], getattr(model, Strange.NAME).weight.T], dim=1)
-    norms = rows.norm(dim=1)
+    block = getattr(found.analysis.model, Strange.NAME)  # type: ignore[union-attr]
+    norms = torch.cat([block.up.weight, block.up.bias[:, None], block.down.weight.T], dim=1).detach().norm(dim=1)
     line = plots.scores(found).axes[0].get_lines()[0]
     assert float(line.get_ydata()[0]) == pytest.approx(float(norms.quantile(0.5) / norms.max()), rel=1e-5)
 
@@ -114,8 +127,10 @@ def test_values_stand_against_budgets() -> None:
 def test_plots_say_what_is_missing(found: fxslim.Inspection) -> None:
     report = fxslim.slim(found, ffn=0.5).fxslim.report  # type: ignore[union-attr]
     assert isinstance(report, fxslim.Report)
-    with pytest.raises(InputError, match="holds no damage: it is measured where calibration= is given"):
+    with pytest.raises(InputError, match="holds no damage: it is measured where calibration= comes with a target="):
         plots.damage(report)
+    with pytest.raises(InputError, match="holds no repair: what is left is fitted where calibration= is given"):
+        plots.repair(report)
     with torch.device("meta"):
         empty = Strange().eval()
     with pytest.raises(InputError, match="weights on meta have no magnitudes"):
@@ -126,7 +141,7 @@ def test_a_report_is_saved_as_one_page(calibrated: fxslim.Report, tmp_path: Path
     calibrated.save(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Tags(text)
-    assert page.tags.count("svg") == 3  # what is kept, damage, sites
+    assert page.tags.count("svg") == 4  # what is kept, damage, repair, sites
     assert f"{calibrated.parameters_after:,}" in page.cells and torch.__version__ in page.cells
     for heading in ("Summary", "Plots", "Measured", "Sites", "Seconds", "Environment"):
         assert f"<h2>{heading}</h2>" in text
