@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +46,29 @@ def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}); take what copy.deepcopy refuses "
             "(locks, generators, stored activations) off the model first."
         ) from error
+
+
+@contextmanager
+def untouched_on_failure(module: nn.Module) -> Iterator[None]:
+    """Put a module's tensors, hooks, attributes and classes back if anything fails inside, an interrupt included."""
+    before = [(child, type(child), _state(child)) for child in module.modules()]
+    try:
+        yield
+    except BaseException:
+        for child, kind, state in before:
+            child.__class__ = kind
+            vars(child).clear()
+            for name, (value, table) in state.items():
+                if table is not None:  # the very table: handles of hooks refer to it
+                    value.clear()
+                    value.update(table)
+                vars(child)[name] = value
+        raise
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
+    """Return a module's attributes, and what those that are tables hold."""
+    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in vars(module).items()}
 
 
 def without_caches(module: nn.Module) -> None:

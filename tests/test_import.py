@@ -43,6 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "count",
             "timer",
             "targets",
+            "batches",
             "calibration",
             "folder",
             "transcript",
