@@ -28,11 +28,8 @@ class Flow:
         self._groups: list[tuple[str, ...]] = [(STAYS,)]  # code -> groups
         for site in sites.sites:
             self._add(sites.families[site.name].members, site.name)
-        self.groups = tuple(
-            [Group(site.name, "site", site.units) for site in sites.sites]
-            + list(self._streams())
-            + [Group(STAYS, "stays", 0, "it meets what is not narrowed")]
-        )
+        own = (Group(site.name, "site", site.units) for site in sites.sites)
+        self.groups = (*own, *self._streams(), Group(STAYS, "stays", 0, "it meets what is not narrowed"))
 
     def of(self, value: Any) -> tuple[str, ...]:
         """Return the groups that a value carries: of a Value, a tuple of them, or nothing."""

@@ -81,7 +81,7 @@ def _done(x: Any) -> Record | None:
 def _of_inspection(found: Inspection, done: Record | None) -> Picture:
     """Draw what was found, and what is left of it."""
     plan = None if done is None else done.plan
-    shared = {
+    shared: dict[str, Any] = {
         "stays": tuple(_stays(found.pinned, plan)),
         "notes": tuple(Stay(note.where, note.reason) for note in found.notes),
         "totals": tuple(_totals(done)),
@@ -132,7 +132,7 @@ def _of_graph(module: fx.GraphModule, done: Record | None) -> Picture:
     drawn = Picture(type(module).__name__) if done is None else _of_plan(done)
     sites = tuple(_boxes([part.site for part in done.plan], done, ops, inside=True)) if done is not None else ()
     note = Stay("graph", "a graph by itself has no labels: a site's operations are those of its module")
-    made = {"ops": ops, "sites": sites, "modules": _modules(module.graph), "notes": (*drawn.notes, note)}
+    made: dict[str, Any] = {"ops": ops, "sites": sites, "modules": _modules(module.graph), "notes": (*drawn.notes, note)}
     return Picture(**{**vars(drawn), **made})
 
 
