@@ -30,18 +30,18 @@ def traced_ops(program: Program, labels: Labels, sites: Sites, flow: Flow, cut: 
     letters = _letters(inputs)
     roles, pinned, refused = _roles(program, sites), _pinned(labels), _refused(program, sites)
     streams = {group.id for group in flow.groups if group.kind == "stream"}
+    carried = {node: flow.of(labels.values.get(node)) for node in program.graph.nodes}
 
     def op(node: fx.Node, tensors: tuple[str, ...]) -> dict[str, Any]:
-        value = labels.values.get(node)
-        after, ratio = _left(node, value, cut, letters)
-        shared = any(streams & set(flow.of(labels.values.get(argument))) for argument in node.all_input_nodes)
+        after, ratio = _left(node, labels.values.get(node), cut, letters)
+        shared = any(streams & set(carried[argument]) for argument in node.all_input_nodes)
         why = [] if shared else [f"what it reads stays: {refused[name]}" for name in tensors if name in refused]
         return {
             "after": after,
             "ratio": ratio,
             "roles": tuple(roles.get(node.name, ())) + tuple(r for name in tensors for r in roles.get(name, ())),
             "pinned": (*pinned.get(node.name, ()), *why),
-            "groups": flow.of(value),
+            "groups": carried[node],
         }
 
     return tuple(_ops(program.graph, {*inputs}, program.tensor_name, letters, op))

@@ -183,7 +183,7 @@ def _boxes(
 
 
 def _within(module: str, outer: str) -> bool:
-    return module == outer or module.startswith(f"{outer}.")
+    return not outer or module == outer or module.startswith(f"{outer}.")
 
 
 def _rows(part: SitePlan) -> Iterator[Rows]:
