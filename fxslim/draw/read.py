@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from math import isfinite
 from typing import Any
@@ -132,8 +133,8 @@ def _of_graph(module: fx.GraphModule, done: Record | None) -> Picture:
     drawn = Picture(type(module).__name__) if done is None else _of_plan(done)
     sites = tuple(_boxes([part.site for part in done.plan], done, ops, inside=True)) if done is not None else ()
     note = Stay("graph", "a graph by itself has no labels: a site's operations are those of its module")
-    made: dict[str, Any] = {"ops": ops, "sites": sites, "modules": _modules(module.graph), "notes": (*drawn.notes, note)}
-    return Picture(**{**vars(drawn), **made})
+    notes = (*drawn.notes, note)
+    return replace(drawn, ops=ops, sites=sites, modules=_modules(module.graph), notes=notes)
 
 
 def _cut(facts: Any, plan: Plan) -> Cut:

@@ -176,6 +176,12 @@ def test_a_compiled_graph_has_operations_and_the_sites_of_its_plan() -> None:
     assert any("has no labels" in note.reason for note in picture.notes)
 
 
+def test_a_graph_of_a_model_that_is_one_block_holds_all_of_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    picture = picture_of(fxslim.compile(model, torch.randn(3, 6), ffn=0.5))
+    assert {"aten.linear", "aten.relu"} <= {picture.ops[i].op for i in picture.sites[0].ops}
+
+
 def test_a_plain_graph_has_operations() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     assert [op.op for op in picture_of(traced).ops] == ["input", "call_module", "call_module", "output"]
