@@ -68,6 +68,7 @@ def measured(page: Browser, path: Path) -> dict[str, Any]:
         "ready_seconds_most": round(max(ready), 2),
         "ready_cpu_seconds": round(median(spent), 2),
         "site_seconds": round(median(opened), 2),
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
@@ -78,23 +79,24 @@ def _cpu(page: Browser) -> float:
     return next(float(metric["value"]) for metric in found if metric["name"] == "ProcessTime")
 
 
-def table(cases: dict[str, dict[str, Any]], load: float) -> str:
+def table(cases: dict[str, dict[str, Any]]) -> str:
     """Return the results as Markdown."""
     head = (
         "# Pictures in headless Chromium\n\n"
         "Seconds from navigation until an HTML picture can be used, and from a click on a site until its operations\n"
-        f"are drawn; medians of {RUNS} runs. CPU seconds are those of the page's process.\n\n"
-        "| shape | sites | operations | file | ready: wall (least to most) | limit | ready: CPU | open a site |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        f"are drawn; medians of {RUNS} runs. CPU seconds are those of the page's process. Load is how many processes\n"
+        f"wanted one of {os.cpu_count()} cores meanwhile.\n\n"
+        "| shape | sites | operations | file | ready: wall (least to most) | limit | ready: CPU | open a site | load |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
     )
     rows = "\n".join(
         f"| {name.replace('_', ' ')} | {c['sites']} | {c['operations']} | {c['bytes'] / 1e6:.2f} MB"
         f" | {c['ready_seconds']:.2f} s ({c['ready_seconds_least']:.2f} to {c['ready_seconds_most']:.2f})"
-        f" | {LIMITS[name]:g} s | {c['ready_cpu_seconds']:.2f} s | {c['site_seconds']:.2f} s |"
+        f" | {LIMITS[name]:g} s | {c['ready_cpu_seconds']:.2f} s | {c['site_seconds']:.2f} s"
+        f" | {c['load_average']} |"
         for name, c in cases.items()
     )
-    busy = f"Processes that wanted a core meanwhile (load average): {load:.1f} on {os.cpu_count()} cores."
-    return f"{head}{rows}\n\n{busy}\n"
+    return f"{head}{rows}\n"
 
 
 def main() -> None:
@@ -117,9 +119,7 @@ def main() -> None:
         print(case, cases[case], flush=True)
         if cases[case]["bytes"] > MOST_BYTES:
             raise SystemExit(f"{case}: {cases[case]['bytes']} bytes are more than {MOST_BYTES}")
-    load = os.getloadavg()[0]
-    payload = {"runs": RUNS, "limits": LIMITS, "load_average": round(load, 1), "cases": cases}
-    write_result("pictures", payload=payload, markdown=table(cases, load))
+    write_result("pictures", payload={"runs": RUNS, "limits": LIMITS, "cases": cases}, markdown=table(cases))
 
 
 if __name__ == "__main__":

@@ -252,16 +252,15 @@ function setMode(mode) {
 for (const [id, act] of [["fold", foldAll], ["fit", () => fit(true)], ["in", () => step(1.3)], ["out", () => step(1 / 1.3)], ["theme", theme], ["print", () => print()]])
   byId(id).addEventListener("click", act);
 addEventListener("hashchange", show);
-addEventListener("resize", () => fit());
-
-let onPaper = null;
+let onPaper = null; // the theme to go back to, while the page is printed
+addEventListener("resize", () => onPaper || fit());
 addEventListener("beforeprint", () => {
   onPaper = document.documentElement.dataset.theme;
   setTheme("light");
   const [wide, high] = extent();
   svg.attr("viewBox", `-8 -8 ${wide + 16} ${high + 16}`).select("#world").attr("transform", null);
 });
-addEventListener("afterprint", () => { setTheme(onPaper); svg.attr("viewBox", null); fit(); });
+addEventListener("afterprint", () => { setTheme(onPaper); onPaper = null; svg.attr("viewBox", null); fit(); });
 
 byId("title").textContent = picture.title;
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
