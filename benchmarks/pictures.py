@@ -86,7 +86,8 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
         "Seconds from navigation until an HTML picture can be used, and from a click on a site until its operations\n"
         f"are drawn; medians of {RUNS} runs. CPU seconds are those of the page's process. Load is how many processes\n"
         f"wanted one of {os.cpu_count()} cores meanwhile.\n\n"
-        "| shape | sites | operations | file | ready: wall (least to most) | limit | ready: CPU | open a site | load |\n"
+        "| shape | sites | operations | file | ready: wall (least to most) | limit | ready: CPU | open a site "
+        "| load |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
     )
     rows = "\n".join(

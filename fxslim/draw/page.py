@@ -61,10 +61,10 @@ def _sections(report: Report) -> Iterator[str]:
     drawn = list(_plots(report))
     if drawn:
         yield "<h2>Plots</h2>\n" + "\n".join(f"<figure>{_svg(figure)}</figure>" for figure in drawn)
-    yield "\n".join(["<h2>Measured</h2>", *(table.html() for table in tables[1:])])
+    yield "\n".join(["<h2>Sites and measurements</h2>", *(table.html() for table in tables[1:])])
     if report.plan.sites:
         drawing = dot.svg(picture_of(report))
-        yield f'<h2>Sites</h2>\n<figure class="graph">{drawing[drawing.index("<svg") :]}</figure>'
+        yield f'<h2>Site graph</h2>\n<figure class="graph">{drawing[drawing.index("<svg") :]}</figure>'
     if report.seconds:
         seconds = [(name, f"{spent:.2f}") for name, spent in report.seconds.items()]
         yield "<h2>Seconds</h2>\n" + Table(("pass", "seconds#"), tuple(seconds)).html()

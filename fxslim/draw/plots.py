@@ -30,6 +30,7 @@ def kept(plan: Plan | Report) -> Figure:
         ratios = [(i, len(part.keep) / part.site.units) for i, part in enumerate(plan) if part.site.kind == kind]
         axes.plot(*zip(*ratios, strict=True), "o-", color=COLOURS[kind], label=kind, linewidth=1, markersize=4)
     _shares(axes, "y")
+    axes.locator_params(axis="x", integer=True)
     return _legend(figure, axes)
 
 
@@ -60,6 +61,7 @@ def scores(found: Inspection) -> Figure:
         spread = np.stack([median - low, high - median])
         axes.errorbar(places, median, yerr=spread, fmt="o", color=COLOURS[kind], label=kind, capsize=2, markersize=4)
     axes.set_ylim(0, 1.05)
+    axes.locator_params(axis="x", integer=True)
     return _legend(figure, axes)
 
 
@@ -95,6 +97,7 @@ def repair(report: Report) -> Figure:
         [i for i, _ in fits], [fit.error for _, fit in fits], "o", color="#0f7f6a", label="repaired", markersize=5
     )
     axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", integer=True)
     return _legend(figure, axes)
 
 

@@ -143,7 +143,7 @@ def test_a_report_is_saved_as_one_page(calibrated: fxslim.Report, tmp_path: Path
     page = Tags(text)
     assert page.tags.count("svg") == 4  # what is kept, damage, repair, sites
     assert f"{calibrated.parameters_after:,}" in page.cells and torch.__version__ in page.cells
-    for heading in ("Summary", "Plots", "Measured", "Sites", "Seconds", "Environment"):
+    for heading in ("Summary", "Plots", "Sites and measurements", "Site graph", "Seconds", "Environment"):
         assert f"<h2>{heading}</h2>" in text
     assert not {"script", "img", "link", "iframe"} & set(page.tags)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
