@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fxslim.errors import InputError
 from fxslim.passes.annotate import Labels
 from fxslim.passes.sites import Sites
-from fxslim.pipeline import Facts, Pass
+from fxslim.pipeline import Facts, Observer, Pass
 from fxslim.program import Program
 from fxslim.text import label_lines, site_lines
 from fxslim.transcript import graph_text
@@ -19,7 +19,7 @@ VARIABLE = "FXSLIM_DEBUG"
 WORDS = ("graph", "labels", "timing")
 
 
-def debugging() -> tuple[Dump, ...]:
+def debugging() -> tuple[Observer, ...]:
     """Return the observer that the environment asks for, if any.
 
     Raises:
