@@ -5,7 +5,6 @@ const SIZE = { site: [264, 68], op: [196, 54], stub: [168, 28], end: [110, 28], 
 
 const within = (path, outer) => outer === "" || path === outer || path.startsWith(outer + ".");
 const parent = (path) => path.slice(0, Math.max(path.lastIndexOf("."), 0));
-const last = (path) => path.slice(path.lastIndexOf(".") + 1);
 
 /** The modules that hold more than one thing: path -> the one around it ("" for none); as parents() in picture.py. */
 function nest(paths) {
