@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
     from fxslim.checkpoint.plan import plan_checkpoint
     from fxslim.checkpoint.slim import slim_checkpoint
+    from fxslim.draw.page import save_report as save_report
+    from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
     from fxslim.export import export
     from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
@@ -36,6 +38,8 @@ _HOMES = MappingProxyType(
         **dict.fromkeys(("from_pretrained", "push_to_hub", "save_pretrained"), "fxslim.hf"),
         "plan_checkpoint": "fxslim.checkpoint.plan",
         "slim_checkpoint": "fxslim.checkpoint.slim",
+        "draw": "fxslim.draw.write",
+        "save_report": "fxslim.draw.page",
         "FxslimError": "fxslim.errors",
         "export": "fxslim.export",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
@@ -63,6 +67,7 @@ __all__ = [
     "__version__",
     "compile",
     "count",
+    "draw",
     "errors",
     "export",
     "from_pretrained",

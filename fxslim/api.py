@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from fxslim.analysis import Analysis, state_of
 from fxslim.asked import Asked, Wanted, globs, wanted
 from fxslim.calibration import Calibration
+from fxslim.debug import debugging
 from fxslim.errors import InputError, PlanError, VerifyError
 from fxslim.express import express
 from fxslim.inputs import bind
@@ -434,7 +435,7 @@ def _narrow(
 def _run(
     pipeline: Pipeline, given: Facts, observer: Observer | None, *others: Observer, progress: bool = False
 ) -> Facts:
-    observers = (*others, *([observer] if observer is not None else []))
+    observers = (*others, *debugging(), *([observer] if observer is not None else []))
     with torch.random.fork_rng(), _bar(pipeline, visible=progress) as advance:
         return pipeline.run(*given.known.values(), observers=(*observers, advance))
 

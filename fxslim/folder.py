@@ -1,4 +1,4 @@
-"""Write a folder so that nobody ever sees half of it."""
+"""Write a folder, or files, so that nobody ever sees half of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -68,6 +68,26 @@ def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> I
                 raise
         if job is not None:
             _tidy(folder, "resume")
+
+
+def write_files(contents: Mapping[Path, str]) -> None:
+    """Write text files, each in one step: a reader sees the old file or the new one.
+
+    All are made beside their places first: if one cannot be, none is replaced.
+
+    Raises:
+        OSError: a folder does not exist, or cannot be written to.
+    """
+    drafts = {path: path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial") for path in contents}
+    try:
+        for path, content in contents.items():
+            drafts[path].write_text(content, encoding="utf-8")
+            _sync_entry(drafts[path])
+        for path, draft in drafts.items():
+            draft.replace(path)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
 
 
 def check_free(folder: Path, *, force: bool) -> None:

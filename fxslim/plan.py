@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fxslim.errors import PlanError
+from fxslim.tables import Shown, Table
 
 MAX_UNITS = 1 << 22
 MAX_JSON = 1 << 28
@@ -465,7 +466,7 @@ class Fingerprint(Frozen):
     digest: str
 
 
-class Plan(Frozen):
+class Plan(Shown, Frozen):
     """Which units of which site are kept, and every edit on modules that this needs.
 
     Attributes:
@@ -538,12 +539,15 @@ class Plan(Frozen):
     def __iter__(self) -> Iterator[SitePlan]:  # type: ignore[override]
         return iter(self.sites)
 
-    def __str__(self) -> str:
-        rows = [f"{'site':<48} {'kind':<10} {'kept':>6} / {'units':<6}"]
-        for part in self.sites:
-            rows.append(f"{part.site.name:<48} {part.site.kind:<10} {len(part.keep):>6} / {part.site.units:<6}")
-        rows.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
-        return "\n".join(rows if self.sites else ["nothing to take out", *rows[1:]])
+    def parts(self) -> list[Table | str]:
+        """Return what is kept, site by site, and what was not done."""
+        rows = [
+            (part.site.name, part.site.kind, len(part.keep), part.site.units, f"{len(part.keep) / part.site.units:.0%}")
+            for part in self.sites
+        ]
+        said = [f"note: {note.where}: {note.reason}" for note in self.notes]
+        title = f"narrowed: {len(rows)}"
+        return [Table(("site", "kind", "kept#", "of#", "#"), rows, title) if rows else "nothing to take out", *said]
 
     def then(self, other: Plan) -> Plan:
         """Return the plan that does this one and then, on the result, another.

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"labels"}),
+    frozenset({"labels", "tables"}),
     frozenset({"program", "plan", "overlay", "gather", "multihead", "spread"}),
     frozenset(
         {
@@ -51,8 +51,8 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"passes"}),
-    frozenset({"asked", "api"}),
-    frozenset({"training"}),
+    frozenset({"asked", "api", "debug"}),
+    frozenset({"training", "draw"}),
     frozenset({"hf", "export", "checkpoint"}),
     frozenset({"cli", "demo"}),
     frozenset({"inc"}),
