@@ -25,4 +25,5 @@ def test_the_peak_is_at_most_a_tenth_above_the_model(tmp_path: Path) -> None:
     assert found["bytes"] <= found["peak"] <= 1.1 * found["bytes"]
     half = measured(folder, dtype="bfloat16")
     assert half["bytes"] * 2 == found["bytes"]
-    assert half["peak"] <= 1.2 * half["bytes"]
+    largest = max(p.numel() * p.element_size() for p in small.parameters())  # it is cast once it is read
+    assert half["peak"] <= half["bytes"] + 0.1 * found["bytes"] + 2 * largest

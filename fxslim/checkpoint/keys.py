@@ -254,7 +254,7 @@ def place(model: PreTrainedModel) -> None:
         for table in tables:
             for name, tensor in table.items():
                 if tensor is not None:
-                    own = made[id(tensor)] if id(tensor) in made else _reserved(tensor)
+                    own: Any = made[id(tensor)] if id(tensor) in made else _reserved(tensor)
                     own._is_hf_initialized = name not in module._non_persistent_buffers_set
                     made[id(tensor)] = made[id(own)] = own
                     table[name] = own
