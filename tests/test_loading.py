@@ -12,9 +12,12 @@ from transformers import BertConfig, BertModel
 import fxslim
 from benchmarks.loading import measured
 
+OWN = 32e6
+"""Bytes of the process itself: modules that loading imports, memory that is kept. The benchmark has the figure."""
+
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason=f"{sys.platform} keeps no peak to reset")
-def test_the_peak_is_at_most_a_tenth_above_the_model(tmp_path: Path) -> None:
+def test_no_tensor_is_in_memory_twice(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=2000, hidden_size=1024, num_hidden_layers=6, num_attention_heads=8,
                         intermediate_size=4096)  # fmt: skip
     model: Any = BertModel(config).eval()
@@ -22,8 +25,8 @@ def test_the_peak_is_at_most_a_tenth_above_the_model(tmp_path: Path) -> None:
     folder = fxslim.save_pretrained(small, tmp_path / "small", max_shard_size="60MB")
     found = measured(folder)
     assert found["bytes"] == sum(p.numel() * p.element_size() for p in small.parameters()) > 2e8
-    assert found["bytes"] <= found["peak"] <= 1.1 * found["bytes"]
+    assert found["bytes"] <= found["peak"] <= 1.1 * found["bytes"] + OWN
     half = measured(folder, dtype="bfloat16")
     assert half["bytes"] * 2 == found["bytes"]
     largest = max(p.numel() * p.element_size() for p in small.parameters())  # it is cast once it is read
-    assert half["peak"] <= half["bytes"] + 0.1 * found["bytes"] + 2 * largest
+    assert half["peak"] <= 1.1 * half["bytes"] + 2 * largest + OWN

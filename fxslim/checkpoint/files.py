@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxslim.errors import InputError
+from fxslim.errors import StorageError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -72,7 +72,7 @@ class Stored:
         """Read the tensor, or its rows from ``first`` up to ``last`` along dimension 0.
 
         Raises:
-            InputError: the file ends before the tensor does.
+            StorageError: the file ends before the tensor does.
         """
         shape = self.shape if last is None else (last - first, *self.shape[1:])
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -84,7 +84,7 @@ class Stored:
             while done < count:
                 got = file.readinto(view[done:])
                 if not got:
-                    raise InputError(f"{self.file} ends inside {self.name}: it was cut short; fetch it again.")
+                    raise StorageError(f"{self.file} ends inside {self.name}: it was cut short; fetch it again.")
                 done += got
         return buffer.view(self.dtype).reshape(shape)
 
@@ -107,7 +107,7 @@ def read_shard(file: Path) -> Shard:
     """Read a safetensors file's header.
 
     Raises:
-        InputError: the file is missing, cut short, or its header is not one: wrong length or JSON, an unknown dtype,
+        StorageError: the file is missing, cut short, or its header is not one: wrong length or JSON, an unknown dtype,
             repeated names, tensors that overlap, leave holes or lie outside the file.
     """
     try:
@@ -119,7 +119,7 @@ def read_shard(file: Path) -> Shard:
                 raise _broken(file, f"its header would be {length} bytes long, the file is {size}")
             text = opened.read(length)
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise StorageError(f"{file} cannot be read: {error.strerror or error}.") from error
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -139,7 +139,7 @@ def read_shard(file: Path) -> Shard:
         tensors.append(stored)
         at = last
     if begin + at != size:
-        raise InputError(
+        raise StorageError(
             f"{file} has {size} bytes, its header says {begin + at}: it was cut short or added to; fetch it again."
         )
     return Shard(file, tuple(tensors), metadata)
@@ -174,8 +174,8 @@ def _short(what: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def _broken(file: Path, why: str) -> InputError:
-    return InputError(f"{file} is no valid safetensors file: {why}. Fetch or write it again.")
+def _broken(file: Path, why: str) -> StorageError:
+    return StorageError(f"{file} is no valid safetensors file: {why}. Fetch or write it again.")
 
 
 def header_of(tensors: Iterator[Stored] | tuple[Stored, ...], metadata: Mapping[str, str]) -> bytes:
@@ -195,13 +195,13 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
     """Read the headers of all weight files of a checkpoint.
 
     Raises:
-        InputError: the folder holds no safetensors weights, a shard is missing, or a file or the index is broken.
+        StorageError: the folder holds no safetensors weights, a shard is missing, or a file or the index is broken.
     """
     index = folder / INDEX
     if index.is_file():
         return _indexed(folder, index)
     if not (folder / WEIGHTS).is_file():
-        raise InputError(
+        raise StorageError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}; weights of another kind are loaded with transformers and "
             "saved with save_pretrained first."
         )
@@ -210,22 +210,22 @@ def read_shards(folder: Path) -> tuple[Shard, ...]:
 
 def _indexed(folder: Path, index: Path) -> tuple[Shard, ...]:
     if index.stat().st_size > MAX_INDEX:
-        raise InputError(f"{index} is larger than {MAX_INDEX} bytes: it is no index of tensors.")
+        raise StorageError(f"{index} is larger than {MAX_INDEX} bytes: it is no index of tensors.")
     try:
         weight_map = json.loads(index.read_bytes().decode("utf-8"), object_pairs_hook=_once)["weight_map"]
         names = dict.fromkeys(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is no index of tensors: {_short(error)}.") from error
+        raise StorageError(f"{index} is no index of tensors: {_short(error)}.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{index} names the file {_short(name)}, which is no safetensors file beside it.")
+            raise StorageError(f"{index} names the file {_short(name)}, which is no safetensors file beside it.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing[:5])}, which {INDEX} names; fetch the checkpoint again.")
+        raise StorageError(f"{folder} lacks {', '.join(missing[:5])}, which {INDEX} names; fetch the checkpoint again.")
     shards = tuple(read_shard(folder / name) for name in sorted(names))
     found = [(stored.name, shard.file.name) for shard in shards for stored in shard.tensors]
     if dict(found) != weight_map or len(found) != len(weight_map):
         strange = [name for name, file in found if weight_map.get(name) != file]
         strange += sorted(weight_map.keys() - dict(found).keys())
-        raise InputError(f"{index} and the shards do not agree about {', '.join(map(_short, strange[:5]))}.")
+        raise StorageError(f"{index} and the shards do not agree about {', '.join(map(_short, strange[:5]))}.")
     return shards

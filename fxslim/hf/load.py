@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from fxslim.checkpoint.files import Stored, read_shard
 from fxslim.errors import InputError, PlanError, UnsupportedModelError
 from fxslim.express import set_fields
 from fxslim.hf.classes import PLAN_FILE, check_there, first_line, model_class, reading
@@ -24,9 +24,6 @@ from fxslim.passes.narrow import replay
 from fxslim.passes.prepare import settle
 from fxslim.plan import Plan
 from fxslim.report import Record
-
-CHUNK = 1 << 18
-"""Bytes that are read at a time."""
 
 NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 """The variable by which transformers is told to load without threads."""
@@ -145,11 +142,10 @@ def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedMod
 
     def read(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **kwargs: Any) -> Any:
         """Read files instead of mapping them, where mapped memory is not aligned and stays as long as the model."""
-        with ExitStack() as stack:
-            stack.enter_context(_one_by_one())
+        with _one_by_one():
             if state_dict is None and files and all(file.endswith(".safetensors") for file in files):
-                opened = [stack.enter_context(safe_open(file, framework="pt", backend="pread")) for file in files]
-                state_dict = {name: _Aligned(file.get_slice(name)) for file in opened for name in file.keys()}  # noqa: SIM118
+                shards = [read_shard(Path(file)) for file in files]
+                state_dict = {stored.name: _Unread(stored) for shard in shards for stored in shard.tensors}
             return cast(Any, original)._load_pretrained_model(model, state_dict, files, *args, **kwargs)
 
     body = {"__init__": build, "_load_pretrained_model": staticmethod(read)}
@@ -171,23 +167,20 @@ def _one_by_one() -> Iterator[None]:
             os.environ[NO_THREADS] = before
 
 
-class _Aligned:
-    """A tensor in a file, not read yet; once it is, it lies in memory of torch's own, and nothing is there twice."""
+class _Unread:
+    """A tensor in a file, not read yet; it is read into memory of torch's own, and nothing is there twice."""
 
-    def __init__(self, piece: Any) -> None:
-        self._piece = piece
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        shape = self._piece.get_shape()
-        if index is not Ellipsis or not shape or 0 in shape:
-            return cast(torch.Tensor, self._piece[index])
-        row = self._piece[:1]
-        whole = torch.empty(shape, dtype=row.dtype)
-        step = max(1, CHUNK // (row.numel() * row.element_size()))
-        for begin in range(0, shape[0], step):
-            end = min(begin + step, shape[0])
-            whole[begin:end] = self._piece[begin:end]
-        return whole
+        whole = self._stored.read()
+        return whole if index is Ellipsis else whole[index]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._piece, name)
+    def get_shape(self) -> list[int]:
+        """Return the shape."""
+        return list(self._stored.shape)
+
+    def get_dtype(self) -> str:
+        """Return the dtype, as safetensors spells it."""
+        return self._stored.code
