@@ -27,7 +27,7 @@ Fields = dict[str, tuple[int, int]]
 """Path of a config field -> its old and its new value."""
 Shapes = dict[str, torch.Size]
 
-_IMPOSSIBLE = (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, ZeroDivisionError)
+_IMPOSSIBLE = (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, LookupError, ZeroDivisionError)
 """What configs and models raise for sizes that do not go together."""
 
 
