@@ -208,8 +208,14 @@ def test_version() -> None:
     assert run("--version").stdout == f"fxslim {fxslim.__version__}\n"
 
 
-def test_plain_transformers_says_that_the_sizes_differ(folder: Path, tmp_path: Path) -> None:
+def test_plain_transformers_loads_what_the_config_can_say(folder: Path, tmp_path: Path) -> None:
     run("compile", folder, "--ffn", 0.5, "-o", tmp_path / "small")
+    plain = AutoModel.from_pretrained(tmp_path / "small")
+    assert plain.encoder.layer[1].intermediate.dense.weight.shape == (24, 32)
+
+
+def test_plain_transformers_says_that_the_sizes_differ(folder: Path, tmp_path: Path) -> None:
+    run("compile", folder, "--heads", 0.5, "-o", tmp_path / "small")
     with pytest.raises(RuntimeError, match="size"):
         AutoModel.from_pretrained(tmp_path / "small")
 
