@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxslim.errors import PlanError
 from fxslim.plan import Plan, units_by_group
 from fxslim.report import Plain
+from fxslim.sharing import evaluating
 
 TRIES = 256
 """Most sets of fields that are tried."""
@@ -166,15 +167,11 @@ def _same(small: nn.Module, config: Any, inputs: Mapping[str, Any]) -> bool:
         plain = _loaded(small, config)
     except _IMPOSSIBLE:
         return False
-    training = small.training
-    small.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(small):
             mine, other = (pytree.tree_leaves(model(**inputs)) for model in (small, plain))
     except _IMPOSSIBLE:
         return False
-    finally:
-        small.train(training)
     pairs = [(a, b) for a, b in zip(mine, other, strict=False) if isinstance(a, torch.Tensor)]
     return len(mine) == len(other) and all(
         isinstance(b, torch.Tensor) and a.shape == b.shape

@@ -50,6 +50,19 @@ def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode, and put every module back into the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def untouched_on_failure(module: nn.Module) -> Iterator[None]:
     """Put a module's tensors, hooks, attributes and classes back if anything fails inside, an interrupt included."""
     before = [(child, type(child), _state(child)) for child in module.modules()]

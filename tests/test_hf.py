@@ -68,6 +68,14 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
+def test_saving_leaves_every_module_in_its_mode(tmp_path: Path) -> None:
+    small = narrowed("bert_classify").train()
+    small.bert.encoder.layer[0].eval()
+    modes = {name: module.training for name, module in small.named_modules()}
+    fxslim.save_pretrained(small, tmp_path / "small")
+    assert {name: module.training for name, module in small.named_modules()} == modes
+
+
 def test_a_loaded_model_generates_the_same_tokens(tmp_path: Path) -> None:
     small = narrowed("llama_gqa")
     fxslim.save_pretrained(small, tmp_path / "small")

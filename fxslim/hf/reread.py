@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fxslim.errors import InputError, VerifyError
 from fxslim.hf.load import from_pretrained
 from fxslim.inputs import bind
+from fxslim.sharing import evaluating
 
 
 def check_saved(small: PreTrainedModel, folder: Path) -> None:
@@ -41,18 +42,12 @@ def _check_outputs(small: nn.Module, loaded: nn.Module) -> None:
         candidates = bind(small, None)
     except InputError:  # no inputs can be made for it; its tensors are compared, and that has to do
         return
-    training = small.training
-    small.eval()
-    loaded.eval()
-    try:
-        with torch.no_grad():
-            try:
-                expected = _tensors(small(**candidates[0]))
-            except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
-                return  # it takes other inputs than its config tells
-            found = _tensors(loaded(**candidates[0]))
-    finally:
-        small.train(training)
+    with torch.no_grad(), evaluating(small), evaluating(loaded):
+        try:
+            expected = _tensors(small(**candidates[0]))
+        except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+            return  # it takes other inputs than its config tells
+        found = _tensors(loaded(**candidates[0]))
     for one, other in zip(expected, found, strict=True):
         if not torch.equal(one, other):
             difference = (one - other).abs().max().item()
