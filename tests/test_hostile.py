@@ -98,14 +98,14 @@ def mutated(data: Any, draw: random.Random) -> Any:
         elif change == 1 and isinstance(holder, list):
             holder.insert(key, copy.deepcopy(draw.choice(holder)))
         elif change == 2 and isinstance(holder, dict):
-            holder[draw.choice(("colour", "__class__", "edit", "name", "dtype"))] = draw.choice(HOSTILE)
+            holder[draw.choice(("colour", "__class__", "edit", "name", "dtype"))] = copy.deepcopy(draw.choice(HOSTILE))
         elif change == 3 and type(holder[key]) is int:
             holder[key] += draw.choice((-2, -1, 1, 2, 1 << 20, 1 << 23, 1 << 39))
         elif change == 4:
             other, place = draw.choice(every)
             holder[key] = copy.deepcopy(other[place]) if place in other or isinstance(other, list) else None
         else:
-            holder[key] = draw.choice(HOSTILE)
+            holder[key] = copy.deepcopy(draw.choice(HOSTILE))
     return data
 
 
