@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fxslim.folder import write_files
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -88,18 +90,9 @@ def write_result(name: str, *, payload: Mapping[str, Any], markdown: str, folder
     data = json.dumps(record, indent=2, allow_nan=False) + "\n"
     text = f"{markdown.strip()}\n\n_{date}. {environment}._\n"
     folder.mkdir(parents=True, exist_ok=True)
-    return _replace(folder / f"{name}.json", data), _replace(folder / f"{name}.md", text)
-
-
-def _replace(path: Path, content: str) -> Path:
-    """Replace a file in one step."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    paths = folder / f"{name}.json", folder / f"{name}.md"
+    write_files(dict(zip(paths, (data, text), strict=True)))
+    return paths
 
 
 def _cpu() -> str:

@@ -1,12 +1,14 @@
 """What is fine-tuned and pruned while it trains: a classifier on SST-2, a sentence encoder on STS-B, and how.
 
 Both are made from the packaged all-MiniLM-L6-v2. Everything is multiplied in bfloat16 by autocast where the CPU has
-instructions for it, batches are of sentences of about one length, and what the dense model says of a row is computed once.
+instructions for it, batches are of sentences of about one length, and what the dense model says of a row is computed
+once.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -25,7 +27,7 @@ POOL = 50
 """Batches that are sorted by length together."""
 SHARPNESS = 20.0
 """By what CoSENT multiplies differences of cosines."""
-MORE = 16
+MORE = 32
 """Pairs of a batch that have no score: sentences of other data, about which the teacher alone says something."""
 
 Inputs = dict[str, Tensor]
@@ -68,6 +70,8 @@ class Phrases:
     headline = "dev"
     logits = 1.0
     """How much what the teacher says counts."""
+    hidden = 0.0
+    """The same of its hidden states, once masks have reached their target."""
 
     def __init__(self, data: Path, subset: int | None = None) -> None:
         from transformers import AutoTokenizer
@@ -147,17 +151,36 @@ class Pair(nn.Module):
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the mean over tokens, of length one.  (N, S) -> (N, D)"""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask[..., None].to(hidden.dtype)
-        return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        return pooled(
+            self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask
+        )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return embeddings and, with scores, the loss.  (B, 2, S), scores (B,) -> logits (B, 2, D, 1)"""
-        both = self.embed(input_ids.flatten(0, 1), attention_mask.flatten(0, 1)).unflatten(0, (-1, 2)).float()
-        found = {"logits": both[..., None] * both.shape[-1] ** 0.5}
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> dict[str, Any]:
+        """Return embeddings and, with scores, the loss.  (B, 2, S), scores (B,) -> logits (B, 2, D, 1)
+
+        Hidden states, where they are asked for, are those of the encoder.  (B, 2, S, D)
+        """
+        mask = attention_mask.flatten(0, 1)
+        made = self.encoder(input_ids.flatten(0, 1), mask, output_hidden_states=output_hidden_states)
+        both = pooled(made.last_hidden_state, mask).unflatten(0, (-1, 2)).float()
+        found: dict[str, Any] = {"logits": both[..., None] * both.shape[-1] ** 0.5}
+        if output_hidden_states:
+            found["hidden_states"] = tuple(state.unflatten(0, (-1, 2)) for state in made.hidden_states)
         if labels is not None:
             found["loss"] = cosent((both[:, 0] * both[:, 1]).sum(-1), labels)
         return found
+
+
+def pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the mean over tokens, of length one.  (N, S, D) -> (N, D)"""
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def cosent(cosines: Tensor, scores: Tensor) -> Tensor:
@@ -178,7 +201,7 @@ class Sentences:
     key, name, unit = "stsb", "STS-B", "Spearman x 100"
     splits = ("dev", "test")
     headline = "test"
-    logits = 10.0
+    logits = hidden = 10.0
 
     def __init__(self, data: Path, subset: int | None = None) -> None:
         from transformers import AutoTokenizer
@@ -270,8 +293,13 @@ class Remembered(nn.Module):
         self.model = model
         self.known: dict[bytes, Tensor] = {}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Return logits.  (B, …)"""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool = False
+    ) -> Mapping[str, Any]:
+        """Return logits.  (B, …) With hidden states, which would fill the memory, the model is asked every time."""
+        if output_hidden_states:
+            found: Mapping[str, Any] = self.model(input_ids, attention_mask, output_hidden_states=True)
+            return found
         mask = attention_mask.bool()
         keys = [
             ids[real].numpy().tobytes() + bytes(real.reshape(-1, real.shape[-1]).sum(-1).tolist())
@@ -349,7 +377,9 @@ def train(
             model = fxslim.slim(model.eval(), task.example()).train()
             optimizer, narrow = adamw(model), False
             asked, pruner = pruner.config.teaching, None
-            teaching = None if asked is None else Teaching(model, asked, (pruning or {}).get("teacher"))
+            if asked is not None:  # hidden states mislead scores, and there are none any more
+                wanted = dataclasses.replace(asked, hidden=task.hidden)
+                teaching = Teaching(model, wanted, (pruning or {}).get("teacher"))
     if pruner is not None:
         pruner.finish()
     if teaching is not None:

@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fxslim import count, errors, inc, timer
     from fxslim.api import Inspection, Report, compile, inspect, masked, plan, slim, verify
+    from fxslim.checkpoint.plan import plan_checkpoint
+    from fxslim.checkpoint.slim import slim_checkpoint
+    from fxslim.draw.page import save_report as save_report
+    from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
     from fxslim.harness import benchmark
-    from fxslim.hf import from_pretrained, save_pretrained
+    from fxslim.export import export
+    from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
     from fxslim.training.callback import PruningCallback
@@ -31,9 +36,14 @@ _HOMES = MappingProxyType(
     {
         **dict.fromkeys(("compile", "inspect", "masked", "plan", "slim", "verify"), "fxslim.api"),
         **dict.fromkeys(("Inspection", "Report"), "fxslim.api"),
-        **dict.fromkeys(("from_pretrained", "save_pretrained"), "fxslim.hf"),
+        **dict.fromkeys(("from_pretrained", "push_to_hub", "save_pretrained"), "fxslim.hf"),
+        "plan_checkpoint": "fxslim.checkpoint.plan",
+        "slim_checkpoint": "fxslim.checkpoint.slim",
+        "draw": "fxslim.draw.write",
+        "save_report": "fxslim.draw.page",
         "FxslimError": "fxslim.errors",
         "benchmark": "fxslim.harness",
+        "export": "fxslim.export",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
         **dict.fromkeys(("Distillation", "PruningConfig", "WeightMasks"), "fxslim.training.config"),
@@ -60,7 +70,9 @@ __all__ = [
     "benchmark",
     "compile",
     "count",
+    "draw",
     "errors",
+    "export",
     "from_pretrained",
     "inc",
     "inspect",
@@ -69,8 +81,11 @@ __all__ = [
     "memory",
     "params",
     "plan",
+    "plan_checkpoint",
+    "push_to_hub",
     "save_pretrained",
     "slim",
+    "slim_checkpoint",
     "sparsify",
     "speedup",
     "timer",

@@ -14,13 +14,15 @@ from typing_extensions import Unpack
 from fxslim.analysis import Analysis, state_of
 from fxslim.asked import Asked, Wanted, globs, wanted
 from fxslim.calibration import Calibration
+from fxslim.debug import debugging
 from fxslim.errors import InputError, PlanError, VerifyError
+from fxslim.express import express
 from fxslim.inputs import bind
+from fxslim.overlay import own_config
 from fxslim.passes import pipelines as lines
-from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put
+from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put, weak_choice
 from fxslim.passes.choose import Request, select
 from fxslim.passes.emit import CompiledModule
-from fxslim.passes.express import express
 from fxslim.passes.mask import masked as _masked
 from fxslim.passes.narrow import replay, say_sizes
 from fxslim.passes.paths import paths
@@ -33,7 +35,7 @@ from fxslim.plan import Note, Plan
 from fxslim.program import Program
 from fxslim.regions import region_notes
 from fxslim.report import Inspection, Record, Report, Verification
-from fxslim.sharing import rebound
+from fxslim.sharing import rebound, untouched_on_failure
 
 Model = nn.Module | Inspection
 """What stands for a model: itself, or what `inspect` said of it, which is not traced again."""
@@ -146,7 +148,8 @@ def slim(
         VerifyError: masked and narrowed differ; otherwise as `plan`, and PlanError for a plan of another model.
     """
     want = wanted(asked, planned=plan is not None)
-    lossless = plan is None and want.request.lossless and want.recipe is None
+    plain = plan is None and want.recipe is None
+    lossless, weak = plain and want.request.lossless, plain and not want.request.lossless
     _check(plan, want)
     data = want.read(_module(model))
     known = _known(model, example_inputs, data)
@@ -169,13 +172,14 @@ def slim(
             given = model.analysis  # the model may have changed in a way that an Inspection cannot see
             return slim(given.model, given.example_inputs, plan=plan, inplace=inplace, progress=progress,
                         observer=observer, **asked)  # fmt: skip
-    if "uniform" in record.plan.requested:
-        record = _expressed(small, record, known.get(Program).call.example)
+    record = _expressed(small, record, known.get(Program).call.example)
     if inplace:
-        settle(dense)
-        put(dense, {} if repaired is None else repaired.tensors)
-        small = replay(dense, record.plan)
-    record = _recorded(record, repaired)
+        with untouched_on_failure(dense):
+            settle(dense)
+            put(dense, {} if repaired is None else repaired.tensors)
+            own_config(dense)
+            small = replay(dense, record.plan)
+    record = _recorded(record, repaired, weak=weak)
     earlier = getattr(dense, "fxslim", None)
     if isinstance(earlier, Record):  # narrowed before: say what was done to the dense model
         record = dataclasses.replace(record, plan=earlier.plan.then(record.plan))
@@ -218,14 +222,16 @@ def compile(
     """
     want = wanted(asked, planned=plan is not None)
     _check(plan, want)
-    last = lines.compile_passes(narrow=narrow, lossless=plan is None and want.request.lossless and want.recipe is None)
+    plain = plan is None and want.recipe is None
+    lossless, weak = plain and want.request.lossless, plain and not want.request.lossless
+    last = lines.compile_passes(narrow=narrow, lossless=lossless)
     data = want.read(_module(model))
     known, clock = _known(model, example_inputs, data), _Clock()
     repaired: Repaired | None = None
     if want.recipe is not None:
         known, plan, repaired = _calibrated(known, want, data, observer, plan=plan, last=last, progress=progress)
     graph, record = _narrow(known, plan, want.request, last, progress, observer, clock)
-    record = _recorded(record, repaired)
+    record = _recorded(record, repaired, weak=weak)
     if isinstance(graph, CompiledModule):
         graph.meta["fxslim"] = record
     else:
@@ -298,6 +304,8 @@ def _known(model: Model, example_inputs: Any, data: Calibration | None = None) -
     kept = model.analysis
     assert kept is not None  # see _module
     subject = _subject(kept.model, kept.example_inputs)
+    if data is not None and not data.example.keys() <= kept.facts.get(Program).call.example.keys():
+        return Facts().adding(_subject(kept.model, dict(data.example)))  # batches hold what was not traced
     if not kept.holds():
         return Facts().adding(subject)
     return kept.facts.adding(subject, rebound(kept.facts.get(Program), subject.model))
@@ -353,18 +361,20 @@ def _calibrated(
 
 def _expressed(small: nn.Module, record: Record, inputs: Mapping[str, Any]) -> Record:
     """Say a narrowed model's sizes in its config where that can, so that it loads without fxslim."""
-    fields = express(small, record.plan, inputs)
-    if fields:
-        plan = record.plan.model_copy(update={"config": fields})
-        say_sizes(small, plan)
-        return Record(plan, record.report and dataclasses.replace(record.report, plan=plan))
-    reason = "no field of the config says these sizes: load what is saved with fxslim.from_pretrained"
-    note = Note(where="config", reason=reason)
-    return Record(record.plan, record.report and dataclasses.replace(record.report, notes=(*record.report.notes, note)))
+    found = express(small, record.plan, inputs)
+    if found is None:
+        return record
+    fields, plain = found
+    plan = record.plan.model_copy(update={"config": fields})
+    say_sizes(small, plan)
+    return Record(plan, record.report and dataclasses.replace(record.report, plan=plan, plain=plain))
 
 
-def _recorded(record: Record, repaired: Repaired | None) -> Record:
-    """Say in a record what was repaired."""
+def _recorded(record: Record, repaired: Repaired | None, *, weak: bool) -> Record:
+    """Say in a record what was repaired, or that nothing but magnitudes was looked at."""
+    if weak and record.report is not None:
+        report = dataclasses.replace(record.report, notes=(*record.report.notes, weak_choice("magnitude")))
+        return Record(record.plan, report)
     if repaired is None or record.report is None:
         return record
     plan = record.plan.model_copy(update={"weights_changed": bool(repaired.tensors)})
@@ -425,7 +435,7 @@ def _narrow(
 def _run(
     pipeline: Pipeline, given: Facts, observer: Observer | None, *others: Observer, progress: bool = False
 ) -> Facts:
-    observers = (*others, *([observer] if observer is not None else []))
+    observers = (*others, *debugging(), *([observer] if observer is not None else []))
     with torch.random.fork_rng(), _bar(pipeline, visible=progress) as advance:
         return pipeline.run(*given.known.values(), observers=(*observers, advance))
 

@@ -20,10 +20,10 @@ from fxslim.targets import Target, targets
 Globs = str | Iterable[str] | None
 
 
-class Asked(TypedDict, total=False):
-    """Keywords of `fxslim.plan`, `fxslim.slim` and `fxslim.compile`.
+class Fractions(TypedDict, total=False):
+    """Keywords that say what goes, as fractions.
 
-    Without any of the fractions and without a target, what does nothing is taken out and nothing else.
+    Without any of the fractions (and without a target), what does nothing is taken out and nothing else.
 
     Attributes:
         ffn: fraction of the channels of every feed-forward site that goes.
@@ -35,6 +35,22 @@ class Asked(TypedDict, total=False):
         round_to: round the kept number of rows in each consumer up to a multiple.
         include: globs over module paths: only there; task heads only where included.
         skip: globs over module paths: not there.
+    """
+
+    ffn: float
+    heads: float
+    kv_groups: float
+    experts: float
+    value: float
+    round_to: int
+    include: Globs
+    skip: Globs
+
+
+class Asked(Fractions, total=False):
+    """Keywords of `fxslim.plan`, `fxslim.slim` and `fxslim.compile`: fractions or a target, and how to choose.
+
+    Attributes:
         calibration: an iterable of batches (dicts of keyword inputs, tuples, tensors; a DataLoader, a dataset): units
             are chosen by what flows through them, and what is left is fitted to what the dense model computes.
             ``attention_mask`` says what is padding; labels are optional.
@@ -52,14 +68,6 @@ class Asked(TypedDict, total=False):
         seed: for what is drawn.
     """
 
-    ffn: float
-    heads: float
-    kv_groups: float
-    experts: float
-    value: float
-    round_to: int
-    include: Globs
-    skip: Globs
     calibration: Any
     max_tokens: int | None
     target: Target | Iterable[Target] | None
@@ -96,6 +104,30 @@ class Wanted:
         return calibration(model, self.data, max_tokens=self.max_tokens, seed=self.seed)
 
 
+def request_of(asked: Fractions, kind: type[Fractions] = Fractions) -> Request:
+    """Check the keywords that say what goes, and return them as a request.
+
+    Args:
+        asked: the keywords.
+        kind: which others are known beside them.
+
+    Raises:
+        RequestError: a keyword or value that means nothing.
+    """
+    known = tuple(kind.__annotations__)
+    for name in asked:
+        if name not in known:
+            hint = nearest(name, known, "=") or f" There are {', '.join(known)}."
+            raise RequestError(f"{name}= means nothing here.{hint}")
+    fractions = {name: asked[name] for name in ("ffn", "heads", "kv_groups", "experts", "value") if name in asked}
+    return Request(
+        **fractions,
+        round_to=asked.get("round_to", 1),
+        include=globs(asked.get("include")),
+        skip=globs(asked.get("skip")),
+    )
+
+
 def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
     """Check what was asked.
 
@@ -106,18 +138,7 @@ def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
     Raises:
         RequestError: a keyword or value that means nothing, or several that contradict each other.
     """
-    known = Asked.__annotations__
-    for name in asked:
-        if name not in known:
-            hint = nearest(name, tuple(known), "=") or f" There are {', '.join(known)}."
-            raise RequestError(f"{name}= means nothing here.{hint}")
-    fractions = {name: asked[name] for name in ("ffn", "heads", "kv_groups", "experts", "value") if name in asked}
-    request = Request(
-        **fractions,
-        round_to=asked.get("round_to", 1),
-        include=globs(asked.get("include")),
-        skip=globs(asked.get("skip")),
-    )
+    request = request_of(asked, Asked)
     budget = targets(asked.get("target"))
     if budget and not request.lossless:
         raise RequestError("give fractions or a target, not both: a target decides how much goes where.")

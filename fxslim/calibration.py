@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from fxslim.batches import Batch, count, items, read, tensors
 from fxslim.errors import InputError
-from fxslim.inputs import bind
 
-LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
-"""What a batch may hold for the loss of a task; no model needs it for its outputs."""
-ROWS = 32
-"""Rows of a dataset that make one batch."""
 MAX_TOKENS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch.
-
-    Attributes:
-        inputs: keyword inputs of the model's forward.
-        labels: what was given for a loss.
-        tokens: how many tokens (rows, where there are no sequences) count: padding does not.
-    """
-
-    inputs: Mapping[str, Any]
-    labels: Mapping[str, torch.Tensor]
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +23,7 @@ class Calibration:
 
     Attributes:
         batches: the batches.
-        example: inputs to trace the model with: at least two rows of at least three tokens, where there are as many.
+        example: inputs to trace the model with: two rows or more, and at least three tokens where there are as many.
     """
 
     batches: tuple[Batch, ...]
@@ -52,12 +34,6 @@ class Calibration:
         """Return how many tokens count."""
         return sum(batch.tokens for batch in self.batches)
 
-    def part(self, tokens: int) -> tuple[Batch, ...]:
-        """Return batches spread evenly over all, with about as many tokens; at least one."""
-        count = max(1, min(len(self.batches), round(len(self.batches) * tokens / max(self.tokens, 1))))
-        step = len(self.batches) / count
-        return tuple(self.batches[int((i + 0.5) * step)] for i in range(count))
-
 
 def calibration(model: nn.Module, given: Any, *, max_tokens: int | None = None, seed: int = 0) -> Calibration:
     """Read calibration data.
@@ -66,7 +42,8 @@ def calibration(model: nn.Module, given: Any, *, max_tokens: int | None = None, 
         model: the model that it is for.
         given: an iterable of batches: dicts of keyword inputs, tuples of positional ones, or tensors (a ``DataLoader``,
             a list, a generator); or a dataset, whose rows are put into batches of 32 and padded. Labels are optional.
-        max_tokens: use no more tokens than this, drawn from all batches; the first ones of what has no length.
+        max_tokens: use no more tokens than this, drawn from all batches; the first ones of what has no length. One row
+            is always used.
         seed: of that draw.
 
     Raises:
@@ -74,14 +51,16 @@ def calibration(model: nn.Module, given: Any, *, max_tokens: int | None = None, 
     """
     if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
         raise InputError(f"max_tokens={max_tokens!r}: give a whole number of at least 1.")
-    batches = _read(model, given, MAX_TOKENS if max_tokens is None else max_tokens)
+    most = MAX_TOKENS if max_tokens is None else max_tokens
+    with torch.inference_mode(False):  # what is read is to be differentiated
+        batches = _read(model, given, most)
     if not batches:
         raise InputError("calibration= holds no batch; give an iterable of batches, such as a DataLoader.")
     _alike(batches)
-    chosen = _drawn(batches, MAX_TOKENS if max_tokens is None else max_tokens, seed)
+    chosen = _drawn(batches, most, seed)
     if not any(batch.tokens for batch in chosen):
         raise InputError("calibration= holds padding alone: every attention_mask is zero.")
-    return Calibration(tuple(chosen), dict(max(chosen, key=_rank).inputs))
+    return Calibration(tuple(chosen), _twice(max(chosen, key=_rank).inputs))
 
 
 def _alike(batches: Sequence[Batch]) -> None:
@@ -102,89 +81,26 @@ def _alike(batches: Sequence[Batch]) -> None:
 def _read(model: nn.Module, given: Any, tokens: int) -> list[Batch]:
     """Read batches: all of them, so that some can be drawn, or as many as are used of what has no end."""
     batches: list[Batch] = []
-    for number, item in enumerate(_items(given, model)):
+    for number, item in enumerate(items(given, model)):
         try:
-            batches.append(_batch(model, item))
+            batches.append(read(model, item))
         except InputError as error:
             raise InputError(f"calibration batch {number}: {error}") from error
-        if not isinstance(given, Sized) and sum(batch.tokens for batch in batches) > tokens:
+        if not _ends(given) and sum(batch.tokens for batch in batches) > tokens:
             break
     return batches
 
 
-def _items(given: Any, model: nn.Module) -> Iterator[Any]:
-    if hasattr(given, "column_names") and hasattr(given, "__getitem__"):
-        yield from _rows(given, model)
-        return
-    if isinstance(given, torch.Tensor | Mapping | str) or not isinstance(given, Iterable):
-        raise InputError(
-            f"calibration= takes an iterable of batches, not one {type(given).__name__}; put a single batch in a list."
-        )
-    for item in given:
-        if not isinstance(item, torch.Tensor | Mapping | tuple | list):
-            raise InputError(
-                f"calibration= holds a {type(item).__name__}; every batch must be a dict of inputs, a tuple of "
-                "positional inputs or one tensor. Tokenize text first."
-            )
-        yield item
-
-
-def _rows(dataset: Any, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Put rows of a dataset into batches; sequences are padded behind, and masked."""
-    names = [name for name in dataset.column_names if name not in LABELS]
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-    for start in range(0, len(dataset), ROWS):
-        rows = [dataset[i] for i in range(start, min(start + ROWS, len(dataset)))]
-        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in names if _numeric(rows[0][name])}
-        if not columns:
-            raise InputError(f"the dataset has no column of numbers ({list(names)}); tokenize it first.")
-        if "input_ids" in columns and "attention_mask" not in columns:
-            columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
-        yield {name: _stacked(values, pad if name.endswith("input_ids") else 0) for name, values in columns.items()}
-
-
-def _stacked(values: list[torch.Tensor], pad: int) -> torch.Tensor:
-    if not values[0].ndim:
-        return torch.stack(values)
-    return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=pad)
-
-
-def _numeric(value: Any) -> bool:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return bool(len(value)) and _numeric(value[0])
-    return isinstance(value, int | float | torch.Tensor)
-
-
-def _batch(model: nn.Module, item: Any) -> Batch:
-    labels: dict[str, torch.Tensor] = {}
-    if isinstance(item, Mapping):
-        labels = {name: item[name] for name in LABELS if isinstance(item.get(name), torch.Tensor)}
-        item = {name: value for name, value in item.items() if name not in LABELS}
-    if "labels" in labels and "decoder_input_ids" not in item:
-        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # as the model does it for its loss
-        item = {**item, "decoder_input_ids": shifted(labels=labels["labels"])} if callable(shifted) else item
-    (inputs,) = bind(model, item)
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.ndim and not value.shape[0]:
-            raise InputError(f"{name} holds no rows.")
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-            raise InputError(f"{name} holds NaN or infinite values.")
-    place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    inputs = {name: value.to(place) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    return Batch(inputs, {name: value.to(place) for name, value in labels.items()}, _tokens(inputs))
-
-
-def _tokens(inputs: Mapping[str, Any]) -> int:
-    """Count the tokens that are no padding."""
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return int(mask.count_nonzero())
-    first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
-    return first.numel() if first.ndim == 2 and not first.is_floating_point() else first.shape[0] if first.ndim else 1
+def _ends(given: Any) -> bool:
+    """Tell whether data has a length; a loader of a dataset without one says that it has, and then raises."""
+    try:
+        return len(given) >= 0
+    except TypeError:
+        return False
 
 
 def _drawn(batches: list[Batch], tokens: int, seed: int) -> list[Batch]:
-    """Return batches drawn without replacement, in their order, with no more tokens than asked (at least one)."""
+    """Return batches drawn without replacement, in their order, with no more tokens than asked (one row at least)."""
     if sum(batch.tokens for batch in batches) <= tokens:
         return batches
     order = list(range(len(batches)))
@@ -192,14 +108,35 @@ def _drawn(batches: list[Batch], tokens: int, seed: int) -> list[Batch]:
     chosen: list[int] = []
     total = 0
     for i in order:
-        if not chosen or total + batches[i].tokens <= tokens:
+        if total + batches[i].tokens <= tokens:
             chosen.append(i)
             total += batches[i].tokens
-    return [batches[i] for i in sorted(chosen)]
+    return [batches[i] for i in sorted(chosen)] or [_cut(batches[order[0]], tokens)]
+
+
+def _cut(batch: Batch, tokens: int) -> Batch:
+    """Return as many of a batch's first rows as hold no more tokens; one at least."""
+    held = tensors([dict(batch.inputs), dict(batch.labels)])
+    whole = held[0].shape[0] if held[0].ndim else 1
+    if any(not own.ndim or own.shape[0] != whole for own in held):
+        return batch
+    for rows in range(whole, 0, -1):
+        inputs, labels = ({name: pytree.tree_map_only(torch.Tensor, lambda t, n=rows: t[:n], value)
+                           for name, value in own.items()} for own in (batch.inputs, batch.labels))  # fmt: skip
+        if rows == 1 or count(inputs) <= tokens:
+            return Batch(inputs, labels, count(inputs))
+    return batch
 
 
 def _rank(batch: Batch) -> tuple[bool, int]:
     """Rank batches as examples: enough rows and places first, then small ones."""
-    first = next(value for value in batch.inputs.values() if isinstance(value, torch.Tensor))
+    first = tensors(batch.inputs)[0]
     enough = first.ndim > 0 and first.shape[0] >= 2 and (first.ndim < 2 or first.shape[1] >= 3)
     return enough, -first.numel()
+
+
+def _twice(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs with two rows where there is one of each: a trace takes a size of one for the only one there is."""
+    if any(not leaf.ndim or leaf.shape[0] != 1 for leaf in tensors(inputs)):
+        return dict(inputs)
+    return dict(pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]), dict(inputs)))

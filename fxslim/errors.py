@@ -27,6 +27,14 @@ class UnsupportedModelError(FxslimError):
     """The model holds something that fxslim refuses to touch, such as quantized weights."""
 
 
+class ExportError(FxslimError):
+    """A format cannot hold the model, or what was written computes something else than the model."""
+
+
+class StorageError(InputError, OSError):
+    """Files cannot be written or read: no room, no permission, a file that is missing or cut short."""
+
+
 class OrderError(FxslimError):
     """A pipeline was built with a pass before what it requires."""
 

@@ -1,45 +1,93 @@
-"""Write a folder so that nobody ever sees half of it."""
+"""Write a folder, or files, so that nobody ever sees half of it."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from fxslim.errors import InputError
+from safetensors import SafetensorError
+
+from fxslim.errors import InputError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two writers at once are told apart by their folders alone
+    fcntl = None  # type: ignore[assignment]
 
 MARK = "config.json"
 """A folder that holds this file is a checkpoint, which ``force`` may replace. Any other is not ours to delete."""
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors of the system that say something about the disk, and nothing about us."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Arguments of Linux's ``renameat2``: paths are relative to the working directory, and the two change places."""
 
 
 @contextmanager
-def replacing(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give an empty folder to write into, and put it in the place of ``folder`` when the block ends well.
+def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> Iterator[Path]:
+    """Give a folder to write into, and put it in the place of ``folder`` when the block ends well.
 
-    The new folder is made beside the old one, synced to disk, and renamed. If the block fails, it is deleted and
-    ``folder`` is as it was. Replacing takes two renames: a process killed between them leaves the old content, whole,
-    under a hidden name beside it (``.NAME.*.old``).
+    The new folder is made beside the old one, synced to disk, and the two change places in one step. If the block
+    fails, it is deleted and ``folder`` is as it was; a process killed at any moment leaves the old folder or the new
+    one. Where the system cannot exchange folders, two renames do: a process killed between them leaves the old content,
+    whole, under a hidden name (``.NAME.*.old``), and the next writer puts it back.
+
+    Args:
+        folder: where to; parents are made.
+        force: replace a checkpoint that is there.
+        job: a name for what is being done, a hexadecimal number. What a block of this name has written before it failed
+            or was killed is kept (as ``.NAME.JOB.resume``), and the next block of this name gets it.
 
     Raises:
-        InputError: ``folder`` exists and ``force`` is not given, or it does not look like a checkpoint.
+        InputError: ``folder`` exists and ``force`` is not given, it does not look like a checkpoint, or somebody else
+            is doing the same job.
+        StorageError: the disk cannot be written to.
     """
     folder = folder.resolve()
     check_free(folder, force=force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid4().hex[:8]
-    staging = folder.with_name(f".{folder.name}.{token}.partial")
-    staging.mkdir()
+    with _explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(folder, "partial", "old")
+        name = f"{uuid4().hex[:8]}.partial" if job is None else f"{job}.resume"
+        staging = folder.with_name(f".{folder.name}.{name}")
+        with _locked(staging, folder):
+            try:
+                yield staging
+                _sync(staging)
+                check_free(folder, force=force)
+                _put(staging, folder)
+            except BaseException:
+                if job is None or not (staging.is_dir() and any(staging.iterdir())):
+                    shutil.rmtree(staging, ignore_errors=True)
+                raise
+        if job is not None:
+            _tidy(folder, "resume")
+
+
+def write_files(contents: Mapping[Path, str]) -> None:
+    """Write text files, each in one step: a reader sees the old file or the new one.
+
+    All are made beside their places first: if one cannot be, none is replaced.
+
+    Raises:
+        OSError: a folder does not exist, or cannot be written to.
+    """
+    drafts = {path: path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial") for path in contents}
     try:
-        yield staging
-        _sync(staging)
-        check_free(folder, force=force)
-        _swap(staging, folder, folder.with_name(f".{folder.name}.{token}.old"))
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        for path, content in contents.items():
+            drafts[path].write_text(content, encoding="utf-8")
+            _sync_entry(drafts[path])
+        for path, draft in drafts.items():
+            draft.replace(path)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
 
 
 def check_free(folder: Path, *, force: bool) -> None:
@@ -56,20 +104,95 @@ def check_free(folder: Path, *, force: bool) -> None:
         raise InputError(f"{folder} holds no {MARK}: it is no checkpoint and is not replaced; choose another folder.")
 
 
-def _swap(new: Path, folder: Path, aside: Path) -> None:
-    """Rename ``new`` to ``folder``; what was there comes back if that fails, and goes for good if not."""
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn what the system says of the disk into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise StorageError(f"{folder} cannot be written: {error.strerror}. What was there is as it was.") from error
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        raise StorageError(f"{folder} cannot be written: {error}. What was there is as it was.") from error
+
+
+@contextmanager
+def _locked(staging: Path, folder: Path) -> Iterator[None]:
+    """Make a folder, and hold it for as long as the block runs."""
+    while True:
+        staging.mkdir(exist_ok=True)
+        held = _lock(staging)
+        if held is None:
+            raise InputError(f"another process is writing {folder} right now; wait for it, or choose another folder.")
+        if staging.exists():
+            break
+        os.close(held)  # tidied away by another writer before it was held
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """Open a folder and lock it for as long as it is open; None where somebody else holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _tidy(folder: Path, *kinds: str) -> None:
+    """Take away what killed writers have left beside a folder, and put its old content back where it has none."""
+    for kind in kinds if fcntl is not None else ():
+        ours = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8,}}\.{kind}")
+        for left in [path for path in folder.parent.iterdir() if ours.fullmatch(path.name) and path.is_dir()]:
+            held = _lock(left)
+            if held is None:
+                continue
+            if kind == "old" and not folder.exists():
+                left.rename(folder)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Put ``new`` in the place of ``folder``; what was there comes back if that fails, and goes for good if not."""
     if not folder.exists():
         new.rename(folder)
         _sync_entry(folder.parent)
         return
-    folder.rename(aside)
-    try:
-        new.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise
+    aside = new
+    if not _exchange(new, folder):
+        aside = new.with_suffix(".old")
+        folder.rename(aside)
+        try:
+            new.rename(folder)
+        except BaseException:
+            aside.rename(folder)
+            raise
     _sync_entry(folder.parent)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if exchange is None:
+        return False
+    if exchange(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def _sync(folder: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch import nn
+
 _OWN = ("_fxslim_config", "_fxslim_fields")
 
 
@@ -72,3 +74,18 @@ def _replaced(config: Any, field: str, value: Any) -> property:
 def underlying(config: Any) -> Any:
     """Return the shared config behind an overlay (or the config itself)."""
     return config._fxslim_config if isinstance(config, _Overlay) else config
+
+
+def own_config(module: nn.Module) -> None:
+    """Give a model a config of its own, in place: another model may have been built from the same."""
+    config = underlying(getattr(module, "config", None))
+    if not hasattr(config, "to_dict"):
+        return
+    copies: dict[int, Any] = {}  # those of configs within it as well
+    copy.deepcopy(config, copies)
+    for child in module.modules():
+        for name, value in vars(child).items():
+            shared = underlying(value)
+            if hasattr(shared, "to_dict") and id(shared) in copies:
+                own = copies[id(shared)]
+                vars(child)[name] = own if shared is value else overlay(own, value._fxslim_fields)

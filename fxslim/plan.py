@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fxslim.errors import PlanError
+from fxslim.tables import Shown, Table
 
 MAX_UNITS = 1 << 22
+MAX_JSON = 1 << 28
+"""Longest plan that is read, in bytes."""
+
+MAX_ROWS = 1 << 24
+"""Most rows of one dimension of a tensor, those of all experts together."""
+MAX_TOTAL = 1 << 28
+"""Most rows and units of all sites together: what a plan is checked with is never larger than these say."""
+MAX_RANK = 64
 
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Rows = Annotated[int, Field(ge=0, le=MAX_ROWS)]
+Dim = Annotated[int, Field(ge=0, lt=MAX_RANK)]
+Whole = Annotated[int, Field(ge=1, le=1 << 40)]
+Attribute = Annotated[str, Field(max_length=256, pattern=r"^_?[A-Za-z][A-Za-z0-9_]*$")]
+FieldPath = Annotated[str, Field(max_length=1024, pattern=r"^_?[A-Za-z][A-Za-z0-9_]*(\._?[A-Za-z][A-Za-z0-9_]*)*$")]
 Name = Annotated[str, Field(max_length=1024, pattern=r"^[^/\\\x00]*$")]
 
 
@@ -34,6 +50,17 @@ class Block(Frozen):
     start: Count
     step: Count
     width: Count
+
+    @property
+    def end(self) -> int:
+        """Return the number after its last row."""
+        return self.start + max(self.count - 1, 0) * self.step + self.width
+
+    @model_validator(mode="after")
+    def _sound(self) -> Block:
+        if self.count > 1 and self.step < self.width:
+            raise ValueError("two owners of a block would share rows")
+        return self
 
 
 class Slice(Frozen):
@@ -57,15 +84,25 @@ class Slice(Frozen):
     """
 
     tensor: Name
-    dim: Count
-    size: Count
+    dim: Dim
+    size: Rows
     role: Literal["in", "out"]
     blocks: tuple[Block, ...]
     groups: tuple[Count, ...] | None = None
     hook: Name | None = None
     direct: bool = True
-    lead: Count | None = None
+    lead: Dim | None = None
     experts: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
+
+    @model_validator(mode="after")
+    def _sound(self) -> Slice:
+        if self.rows > MAX_ROWS:
+            raise ValueError(f"{self.tensor} would have {self.rows} rows; {MAX_ROWS} are the most")
+        if self.lead == self.dim:
+            raise ValueError(f"dimension {self.dim} of {self.tensor} cannot count experts and their rows")
+        if any(after.start < before.end for before, after in zip(self.blocks, self.blocks[1:], strict=False)):
+            raise ValueError(f"blocks of {self.tensor} must not overlap, and must be in order")
+        return self
 
     @property
     def rows(self) -> int:
@@ -162,13 +199,16 @@ class Site(Frozen):
     def _sound(self) -> Site:
         if self.groups is not None and len(self.groups) != self.units:
             raise ValueError(f"site {self.name}: groups names {len(self.groups)} units, the site has {self.units}")
+        if self.groups is not None and max(self.groups) >= self.units:
+            raise ValueError(f"site {self.name}: there are at most as many groups as units")
         for part in self.slices:
             if part.groups is not None and len(part.groups) != self.units:
                 raise ValueError(f"site {self.name}: slice {part.tensor} groups {len(part.groups)} units")
+            if part.groups is not None and max(part.groups) >= self.units:
+                raise ValueError(f"site {self.name}: slice {part.tensor} has more owners than the site has units")
             owners = self.units if part.groups is None else max(part.groups) + 1
             for block in part.blocks:
-                last = block.start + max(block.count - 1, 0) * block.step + block.width
-                if block.first + block.count > owners or last > part.rows:
+                if block.first + block.count > owners or block.end > part.rows:
                     raise ValueError(f"site {self.name}: a block of {part.tensor} lies outside the tensor or the units")
         return self
 
@@ -260,12 +300,26 @@ class SitePlan(Frozen):
                 raise ValueError(f"site {name}: no group may go as a whole")
             if len(set(counts[counts > 0].tolist())) > 1:
                 raise ValueError(f"site {name}: every group that stays must keep the same number of units")
-        for fold in self.folds:
-            slices = [p for p in self.site.slices if (p.tensor, p.dim, p.role) == (fold.tensor, fold.dim, "in")]
-            gone = np.flatnonzero(np.any([p.removed(self.gone) for p in slices], axis=0)) if slices else ()
-            if len(fold.rows) != len(fold.values) or not set(fold.rows) <= set(gone):
-                raise ValueError(f"site {name}: a fold of {fold.tensor} is not about rows that go")
         return self
+
+    def folds_fit(self) -> bool:
+        """Tell whether its folds are about rows that go, each row once in a bias."""
+        gone: dict[tuple[str, int], np.ndarray] = {}
+        for piece in self.site.slices if self.folds else ():
+            if piece.role == "in":
+                removed = piece.removed(self.gone)
+                before = gone.get((piece.tensor, piece.dim), np.zeros_like(removed))
+                if before.shape != removed.shape:
+                    return False
+                gone[piece.tensor, piece.dim] = before | removed
+        for fold in self.folds:
+            own = gone.get((fold.tensor, fold.dim), np.zeros(0, dtype=bool))
+            rows = np.asarray(fold.rows, dtype=np.int64)
+            if len(rows) != len(fold.values) or len(np.unique(rows)) != len(rows):
+                return False
+            if (rows >= len(own)).any() or not own[rows].all():
+                return False
+        return True
 
     @property
     def gone(self) -> np.ndarray:
@@ -287,24 +341,31 @@ class SitePlan(Frozen):
         return taken
 
 
-class AttributeEdit(Frozen):
+class SizeEdit(Frozen):
+    """An integer that becomes smaller."""
+
+    module: Name
+    name: Attribute
+    old: Whole
+    new: Whole
+
+    @model_validator(mode="after")
+    def _sound(self) -> SizeEdit:
+        if self.new > self.old:
+            raise ValueError(f"{self.name} would grow from {self.old} to {self.new}")
+        return self
+
+
+class AttributeEdit(SizeEdit):
     """An integer attribute of a module that follows the narrowed sizes."""
 
     edit: Literal["attribute"] = "attribute"
-    module: Name
-    name: Name
-    old: int
-    new: int
 
 
-class ConfigEdit(Frozen):
+class ConfigEdit(SizeEdit):
     """A config field that one module reads at run time, overlaid for that module alone."""
 
     edit: Literal["config"] = "config"
-    module: Name
-    name: Name
-    old: int
-    new: int
 
 
 class GatherEdit(Frozen):
@@ -322,11 +383,11 @@ class GatherEdit(Frozen):
 
     edit: Literal["gather"] = "gather"
     module: Name
-    name: Name
-    axis: Count
+    name: Attribute
+    axis: Dim
     size: Count
     keep: tuple[Count, ...]
-    rank: Count
+    rank: Dim
     runs: bool = False
 
 
@@ -342,7 +403,7 @@ class AttentionEdit(Frozen):
 
     edit: Literal["attention"] = "attention"
     module: Name
-    name: Name = "_attn_implementation"
+    name: Attribute = "_attn_implementation"
     size: Count
     keep: tuple[Count, ...]
 
@@ -405,7 +466,7 @@ class Fingerprint(Frozen):
     digest: str
 
 
-class Plan(Frozen):
+class Plan(Shown, Frozen):
     """Which units of which site are kept, and every edit on modules that this needs.
 
     Attributes:
@@ -432,17 +493,44 @@ class Plan(Frozen):
     requested: dict[str, float | int | str | tuple[str, ...]] = Field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     weights_changed: bool = False
-    config: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    config: dict[FieldPath, tuple[Whole, Whole]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Plan:
+        names = [part.site.name for part in self.sites]
+        if len(set(names)) < len(names):
+            raise ValueError("a site appears twice")
+        total = sum(part.site.units + sum(piece.rows for piece in part.site.slices) for part in self.sites)
+        if total > MAX_TOTAL:
+            raise ValueError(f"its sites would have {total} rows; {MAX_TOTAL} are the most")
+        for part in self.sites:
+            if not part.folds_fit():
+                where = ", ".join(dict.fromkeys(fold.tensor for fold in part.folds))
+                raise ValueError(f"site {part.site.name}: a fold of {where} is not about rows that go")
+        return self
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Return the plan as JSON."""
         return self.model_dump_json(indent=indent)
 
     @staticmethod
+    def from_file(path: str | PathLike[str]) -> Plan:
+        """Read a plan from a file; what is too large to be one is not read."""
+        file = Path(path)
+        try:
+            if file.stat().st_size > MAX_JSON:
+                raise PlanError(f"{file} has {file.stat().st_size} bytes; plans have at most {MAX_JSON}.")
+            return Plan.from_json(file.read_bytes())
+        except OSError as error:
+            raise PlanError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+    @staticmethod
     def from_json(text: str | bytes | dict[str, Any]) -> Plan:
         """Read a plan; raise PlanError with the place of the first fault."""
         try:
-            data = text if isinstance(text, dict) else json.loads(text)
+            if not isinstance(text, dict) and len(text) > MAX_JSON:
+                raise ValueError(f"it is longer than {MAX_JSON} bytes")
+            data = text if isinstance(text, dict) else json.loads(text, parse_constant=_no_number)
             return Plan.model_validate(data)
         except (ValidationError, ValueError, RecursionError) as error:
             first = str(error).strip().splitlines()
@@ -451,12 +539,15 @@ class Plan(Frozen):
     def __iter__(self) -> Iterator[SitePlan]:  # type: ignore[override]
         return iter(self.sites)
 
-    def __str__(self) -> str:
-        rows = [f"{'site':<48} {'kind':<10} {'kept':>6} / {'units':<6}"]
-        for part in self.sites:
-            rows.append(f"{part.site.name:<48} {part.site.kind:<10} {len(part.keep):>6} / {part.site.units:<6}")
-        rows.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
-        return "\n".join(rows if self.sites else ["nothing to take out", *rows[1:]])
+    def parts(self) -> list[Table | str]:
+        """Return what is kept, site by site, and what was not done."""
+        rows = [
+            (part.site.name, part.site.kind, len(part.keep), part.site.units, f"{len(part.keep) / part.site.units:.0%}")
+            for part in self.sites
+        ]
+        said = [f"note: {note.where}: {note.reason}" for note in self.notes]
+        title = f"narrowed: {len(rows)}"
+        return [Table(("site", "kind", "kept#", "of#", "#"), rows, title) if rows else "nothing to take out", *said]
 
     def then(self, other: Plan) -> Plan:
         """Return the plan that does this one and then, on the result, another.
@@ -529,6 +620,10 @@ class Plan(Frozen):
         (tensor, dim) -> (size,) bool; (experts, size) where they differ between experts.
         """
         return removed_rows(self.sites)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def removed_rows(parts: Iterable[SitePlan]) -> dict[tuple[str, int], np.ndarray]:

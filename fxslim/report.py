@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import isfinite, nan
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 
 from fxslim.analysis import Analysis
 from fxslim.plan import Note, Plan, Site
-from fxslim.text import table
+from fxslim.tables import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """Differences between masked and narrowed, one per path; all within tolerance."""
 
     differences: tuple[Difference, ...] = ()
@@ -56,13 +57,14 @@ class Verification:
         """Return the largest difference relative to an output's scale."""
         return max((difference.relative for difference in self.differences), default=0.0)
 
-    def __str__(self) -> str:
+    def parts(self) -> tuple[Table]:
+        """Return the differences."""
         rows = [(d.path, f"{d.max_abs:.2e}", f"{d.relative:.2e}", f"{d.tolerance:.2e}") for d in self.differences]
-        return table(("path", "largest difference#", "relative#", "allowed#"), rows, title="masked = narrowed")
+        return (Table(("path", "largest difference#", "relative#", "allowed#"), rows, title="masked = narrowed"),)
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """What can be narrowed in a model, and what cannot.
 
     Attributes:
@@ -90,21 +92,23 @@ class Inspection:
         """Return a site by name."""
         return next(site for site in self.sites if site.name == name)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
+        """Return the sites, why the rest stays, and notes."""
         rows = [
             (site.name, site.kind, site.units, "" if site.groups is None else site.group_count,
              "task head" if site.task_head else "")
             for site in self.sites
         ]  # fmt: skip
-        parts = [table(("site", "kind", "units#", "groups#", ""), rows, title=f"{len(self.sites)} sites")]
+        parts: list[Table | str] = []
+        parts.append(Table(("site", "kind", "units#", "groups#", ""), rows, title=f"{len(self.sites)} sites"))
         if self.pinned:
             by_reason: dict[str, list[str]] = {}
             for note in self.pinned:
                 by_reason.setdefault(note.reason, []).append(note.where)
             pinned = [(reason, len(where), where[0]) for reason, where in by_reason.items()]
-            parts.append(table(("stays, because", "linears#", "first"), pinned))
+            parts.append(Table(("stays, because", "linears#", "first"), pinned))
         parts.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
-        return "\n".join(parts)
+        return parts
 
 
 def _below(where: str, name: str) -> bool:
@@ -159,9 +163,30 @@ class Reached:
     measured: float
     within: float = 0.0
 
+    def text(self, number: float) -> str:
+        """Write one of the numbers."""
+        return f"{number:.3f}" if self.unit == "times faster" else f"{number:,.0f}"
+
 
 @dataclass(frozen=True)
-class Report:
+class Plain:
+    """Whether ``from_pretrained`` of transformers loads a narrowed model that was saved, and why.
+
+    Attributes:
+        loads: whether it does, which was tried; otherwise it fails with transformers' own error about sizes.
+        reason: what the config says, or why it cannot say it.
+    """
+
+    loads: bool
+    reason: str
+
+    def __str__(self) -> str:
+        answer = "yes" if self.loads else "no; use fxslim.from_pretrained"
+        return f"plain from_pretrained loads what is saved: {answer} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Report(Shown):
     """What was done to a model.
 
     Attributes:
@@ -177,6 +202,7 @@ class Report:
         fits: how what is left was fitted on calibration data, site by site.
         tokens: how many tokens of calibration data that were.
         reached: what became of the targets.
+        plain: whether transformers loads the saved model by itself; None where it is none of transformers'.
     """
 
     parameters_before: int
@@ -191,6 +217,7 @@ class Report:
     fits: tuple[Fit, ...] = ()
     tokens: int = 0
     reached: tuple[Reached, ...] = ()
+    plain: Plain | None = None
 
     @property
     def sites(self) -> tuple[dict[str, Any], ...]:
@@ -217,9 +244,11 @@ class Report:
             ],
             "tokens": self.tokens,
             "reached": [asdict(one) for one in self.reached],
+            "plain": None if self.plain is None else asdict(self.plain),
         }
 
-    def __str__(self) -> str:
+    def tables(self) -> list[Table]:
+        """Return totals, what became of targets, sites, and differences."""
         totals = [
             (name, before, after, f"{after / before:.1%}" if before else "")
             for name, before, after in (
@@ -228,35 +257,48 @@ class Report:
             )
         ]
         rows = [(s["name"], s["kind"], s["kept"], s["units"]) for s in self.sites]
-        parts = [table(("", "before#", "after#", "left#"), totals)]
+        tables = [Table(("", "before#", "after#", "left#"), totals)]
         if self.reached:
-            parts.append(_reached(self.reached))
+            tables.append(_reached(self.reached))
         if self.fits:
-            parts.append(_fits(self.fits, self.tokens))
+            tables.append(_fits(self.fits, self.tokens))
         elif rows:
-            parts.append(table(("site", "kind", "kept#", "of#"), rows))
-        parts.append(str(self.verification))
-        parts.extend(f"not done: {note.where}: {note.reason}" for note in self.not_done)
-        parts.extend(f"note: {note.where}: {note.reason}" for note in self.notes)
-        return "\n".join(parts)
+            tables.append(Table(("site", "kind", "kept#", "of#"), rows))
+        return [*tables, *self.verification.parts()]
+
+    def parts(self) -> list[Table | str]:
+        """Return the tables and what there is to say."""
+        said = [f"not done: {note.where}: {note.reason}" for note in self.not_done]
+        plain = [] if self.plain is None else [str(self.plain)]
+        return [*self.tables(), *plain, *said, *(f"note: {note.where}: {note.reason}" for note in self.notes)]
+
+    def save(self, path: str | Path) -> None:
+        """Write one HTML page: summary, sites, plots, the site graph, what was measured, the environment.
+
+        Raises:
+            InputError: the file is not called ``.html``, or what draws is not installed (``fxslim[draw]``).
+        """
+        import fxslim  # what draws stands above this module, and is reached through the public face
+
+        fxslim.save_report(self, path)
 
 
-def _reached(reached: tuple[Reached, ...]) -> str:
+def _reached(reached: tuple[Reached, ...]) -> Table:
     rows = []
     for one in reached:
         numbers = (one.asked, one.predicted, one.measured)
-        texts = [f"{n:.3f}" if one.unit == "times faster" else f"{n:,.0f}" for n in numbers]
+        texts = [one.text(number) for number in numbers]
         rows.append((one.target, one.unit, *texts, f"{one.within:.1%}" if one.within else ""))
-    return table(("target", "", "asked#", "predicted#", "measured#", "±#"), rows)
+    return Table(("target", "", "asked#", "predicted#", "measured#", "±#"), rows)
 
 
-def _fits(fits: tuple[Fit, ...], tokens: int) -> str:
+def _fits(fits: tuple[Fit, ...], tokens: int) -> Table:
     def number(value: float) -> str:
         return f"{value:.2g}" if isfinite(value) else ""
 
     rows = [(f.site, f.kind, f.kept, f.units, number(f.damage), number(f.plain), number(f.error), f.how) for f in fits]
     columns = ("site", "kind", "kept#", "of#", "damage#", "sliced#", "repaired#", "")
-    return table(columns, rows, title=f"chosen on {tokens} tokens; errors are of rows that were not fitted")
+    return Table(columns, rows, title=f"chosen on {tokens} tokens; errors are of rows that were not fitted")
 
 
 @dataclass(frozen=True)

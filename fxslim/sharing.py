@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +49,42 @@ def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
         ) from error
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode, and put every module back into the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def untouched_on_failure(module: nn.Module) -> Iterator[None]:
+    """Put a module's tensors, hooks, attributes and classes back if anything fails inside, an interrupt included."""
+    before = [(child, type(child), _state(child)) for child in module.modules()]
+    try:
+        yield
+    except BaseException:
+        for child, kind, state in before:
+            child.__class__ = kind
+            vars(child).clear()
+            for name, (value, table) in state.items():
+                if table is not None:  # the very table: handles of hooks refer to it
+                    value.clear()
+                    value.update(table)
+                vars(child)[name] = value
+        raise
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
+    """Return a module's attributes, and what those that are tables hold."""
+    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in vars(module).items()}
+
+
 def without_caches(module: nn.Module) -> None:
     """Turn key/value caches off everywhere in a (copied) module: caches are no graph outputs."""
     for child in module.modules():
@@ -64,12 +103,26 @@ def refuse(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantized; narrow the original model and quantize the result."
         )
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # whoever attaches adapters has imported it
     for name, child in model.named_modules():
+        if tuners is not None and isinstance(child, tuners.BaseTunerLayer):
+            raise UnsupportedModelError(
+                f"{name} has an adapter of peft, whose rank is no width of the model: merge adapters first, with "
+                "model = model.merge_and_unload(), and narrow that; new ones can be attached to what comes out."
+            )
         module_name = type(child).__module__
         if module_name.startswith(("torch.ao.nn", "torch.nn.quantized", "bitsandbytes")):
             raise UnsupportedModelError(
                 f"{name or 'the model'} is a quantized {type(child).__name__}; narrow the original model and "
                 "quantize the result."
+            )
+    for name, child in model.named_modules():
+        hook = getattr(child, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is offloaded by accelerate: its weights are not there when they are "
+                "looked at. Load it without device_map; or, where it does not fit into memory, give its folder to "
+                "fxslim.plan_checkpoint and fxslim.slim_checkpoint, and calibrate the narrowed model."
             )
     if next(iter(model.parameters()), None) is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
@@ -78,7 +131,8 @@ def refuse(model: nn.Module) -> None:
         if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
             raise UnsupportedModelError(
                 f"{name} is stored as {type(tensor).__name__} ({tensor.dtype}), which cannot be sliced exactly; "
-                "narrow the original model and quantize or shard the result."
+                "narrow the original model and quantize or shard the result. A checkpoint that fits on no single "
+                "device is narrowed with fxslim.slim_checkpoint, and sharded when it is loaded."
             )
 
 

@@ -1,8 +1,7 @@
-"""Plain, deterministic text: tables for people, and the printer that golden tests compare."""
+"""Plain, deterministic text: the printer that golden tests compare."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,28 +12,6 @@ from torch import fx
 from fxslim.labels import Components
 from fxslim.plan import Block, Site, Slice, blocks_of
 from fxslim.program import Program, shape_of
-
-WIDTH = 140
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> str:
-    """Return a table; columns whose name ends in ``#`` hold numbers and are aligned to the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        made.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(_cell(cell) for cell in row))
-    out = io.StringIO()
-    Console(file=out, width=WIDTH, no_color=True, highlight=False, emoji=False, markup=False).print(made)
-    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
-
-
-def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def site_lines(sites: Iterable[Site]) -> list[str]:

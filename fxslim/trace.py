@@ -26,7 +26,7 @@ from fxslim.program import CallSpec, Program, SizeRange, forward_parameters, is_
 from fxslim.sharing import named_once, refuse, share, transient_names, without_caches
 from fxslim.spelling import inline_regions, pair_einsums, spell_shapes
 
-LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
+LOGGERS = ("torch.export", "torch.onnx", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
 
 def trace(
@@ -58,6 +58,27 @@ def trace(
     program = replace(_program(model, exported, example, filled), open_axes=open_axes)
     given = next(candidate for candidate in candidates if candidate.keys() == example.keys())
     return replace(program, notes=(*program.notes, *_plain_notes(given, example)))
+
+
+def exported(
+    module: nn.Module, candidates: tuple[Mapping[str, Any], ...], *, open_axes: int | None = None
+) -> tuple[torch.export.ExportedProgram, Program]:
+    """Export a module as it stands, for a file: nothing is made functional or spelled out in what is exported.
+
+    Args:
+        module: a (shared) copy in eval mode, without caches.
+        candidates: see `trace`.
+        open_axes: see `trace`.
+
+    Returns:
+        The exported program, and what `trace` would make of it.
+
+    Raises:
+        TraceError: ``torch.export`` cannot take it as a whole.
+    """
+    with quiet(), torch.no_grad():
+        whole, example = _export(module, candidates, type(module).__name__, open_axes)
+        return whole, _program(module, whole, example, frozenset())
 
 
 def _without_writes(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

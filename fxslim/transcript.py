@@ -8,7 +8,8 @@ from torch import fx
 
 from fxslim.pipeline import Facts, Pass
 from fxslim.program import Program
-from fxslim.text import program_lines, table
+from fxslim.tables import Table
+from fxslim.text import program_lines
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Transcript:
             (name, f"{seconds:.3f}", len(self.after[name].splitlines()), "changed" if name in self.changed() else "")
             for name, seconds in self.seconds.items()
         ]
-        return table(("pass", "seconds#", "graph lines#", ""), rows)
+        return str(Table(("pass", "seconds#", "graph lines#", ""), rows))
 
 
 def graph_text(facts: Facts) -> str:

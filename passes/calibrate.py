@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fxslim.batches import read
 from fxslim.calibration import Calibration
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following
 from fxslim.errors import NarrowError, UnsupportedModelError
-from fxslim.inputs import bind
 from fxslim.passes.annotate import Labels
 from fxslim.passes.choose import FFN, Choice, Request, choose, select
 from fxslim.passes.emit import emit
@@ -104,7 +104,8 @@ class Calibrate:
 
         made = fit(program, reached, self.recipe, self.data, self._price(facts, count), asked, masking,
                    fixed=self.plan is not None, progress=self.progress)  # fmt: skip
-        notes = (*(() if self.recipe.targets else choice.notes), *made.notes, *_weak(self.recipe, self.data))
+        notes = (*(() if self.recipe.targets else choice.notes), *made.notes)
+        notes = notes if self.data is not None else (*notes, weak_choice(self.recipe.method))
         plan = self.plan or new_plan(model, Choice(made.parts, notes), self.request)
         plan = plan.model_copy(update={"requested": {**plan.requested, **requested(self.recipe)}})
         tokens = self.data.tokens if self.data is not None else 0
@@ -125,7 +126,7 @@ class Calibrate:
     def _latency(self, facts: Facts, inputs: object) -> Latency:
         model, program = facts.get(Subject).model, facts.get(Program)
         labels, sites = facts.get(Labels), facts.get(Sites)
-        given = bind(model, inputs)[0] if inputs is not None else dict(program.call.example)
+        given = dict(read(model, inputs).inputs if inputs is not None else program.call.example)
 
         def sketch(parts: tuple[SitePlan, ...]) -> nn.Module:
             made = rewrite(program, cut_of(labels, sites, parts), parts)
@@ -156,11 +157,10 @@ def _reached(site: Site) -> bool:
     return site.kind in (*FFN, "attention", "experts") or site.of_values
 
 
-def _weak(recipe: Recipe, data: Calibration | None) -> tuple[Note, ...]:
-    if data is not None:
-        return ()
-    reason = f"chosen by {recipe.method} without calibration data: the weak choice; give calibration= for a better one"
-    return (Note(where="method", reason=reason),)
+def weak_choice(method: str) -> Note:
+    """Return the note that a choice looks at weights alone."""
+    reason = f"chosen by {method} without calibration data: the weak choice; give calibration= for a better one"
+    return Note(where="method", reason=reason)
 
 
 def _with(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -338,8 +338,13 @@ def _experts(site: Site, seen: Measured, fraction: float) -> tuple[np.ndarray, s
 
 
 def count_of(fraction: float, units: int) -> int:
-    """Return how many of ``units`` a fraction is: rounded down, but 0.7 of 10 is 7."""
-    return min(math.floor(fraction * units + 1e-9), units - 1) if units else 0
+    """Return how many of ``units`` a fraction is: rounded down, and at least one stays."""
+    return min(part_of(fraction, units), units - 1) if units else 0
+
+
+def part_of(fraction: float, count: int) -> int:
+    """Return how many of a number a fraction is: rounded down, but 0.7 of 10 is 7, and 0.29 of 10⁸ is 29·10⁶."""
+    return math.floor(fraction * count + 1e-9 + 1e-12 * count)
 
 
 def _lowest(units: np.ndarray, zero: np.ndarray, scores: np.ndarray) -> np.ndarray:

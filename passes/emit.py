@@ -182,6 +182,11 @@ class CompiledModule(fx.GraphModule):
         """Return the plan and the report."""
         return self.meta["fxslim"]
 
+    @property
+    def example(self) -> Mapping[str, Any]:
+        """Return the inputs that were traced."""
+        return self._caller.call.example
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         """Copy everything: fx alone would keep only what the graph reads, and forget how it is called."""
         root = nn.Module()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxslim.errors import PlanError
+from fxslim.express import set_fields
 from fxslim.gather import Gather, gather_in_attention
 from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay, underlying
-from fxslim.passes.express import set_fields
 from fxslim.passes.folding.fold import check_fold, folded
-from fxslim.passes.rows import cleared, without
+from fxslim.passes.rows import Rows, columns
 from fxslim.plan import (
     AnyEdit,
     AttentionEdit,
@@ -26,6 +27,7 @@ from fxslim.plan import (
     Plan,
     SpreadEdit,
     leads,
+    removed_rows,
 )
 from fxslim.program import forward_parameters, named_tensors
 from fxslim.spread import CONVOLUTIONS, Pick, Spread
@@ -121,7 +123,7 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
             _check_heads(owner, edit)
             continue
         holder = owner.config if isinstance(edit, ConfigEdit) else owner
-        if getattr(holder, edit.name, None) != edit.old:
+        if type(getattr(holder, edit.name, None)) is not int or getattr(holder, edit.name) != edit.old:
             raise PlanError(
                 f"the plan expects {edit.module}.{edit.name} to be {edit.old}, "
                 f"found {getattr(holder, edit.name, None)!r}: it was made for another model, or is already applied."
@@ -143,6 +145,8 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
                 f"the plan expects {edit.module}.num_heads to be {edit.size}, found {owner.num_heads!r}: it was made "
                 "for another model, or is already applied."
             )
+    if isinstance(edit, SpreadEdit) and edit.size > max(getattr(owner, "weight", torch.zeros(0)).shape):
+        raise PlanError(f"the plan spreads {edit.module} over {edit.size} channels, more than it has.")
     if not edit.keep or any(head >= edit.size for head in edit.keep):
         verb = "keeps" if isinstance(edit, MultiheadEdit) else "gathers"
         what = "channels" if isinstance(edit, SpreadEdit) else "heads"
@@ -151,20 +155,56 @@ def _check_heads(owner: nn.Module, edit: GatherEdit | AttentionEdit | MultiheadE
 
 def _narrowed(tensors: Mapping[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
     """Return the tensors that a plan changes, with rows taken out (or columns zeroed for what stays in place)."""
-    changed = folded(tensors, plan.sites)
-    zeroed = set(plan.zeroed)
-    narrow = plan.model_copy(update={"sites": plan.cut()})
-    with torch.no_grad():
-        for part in plan.sites:
-            if part.site.name in zeroed or part.stay:
-                changed.update(cleared(tensors, changed, part))
-        lead = leads(narrow.sites)
-        rows = narrow.removed_rows()
-        for (name, dim), gone in sorted(rows.items(), key=lambda item: -item[1].ndim):  # experts go after their rows
-            if gone.any():
-                tensor = changed.get(name, tensors[name]).detach()
-                changed[name] = without(tensor, dim, gone, lead.get((name, dim)))
-    return changed
+    made = folded(tensors, plan.sites)
+    for name, change in changes(plan).items():
+        made[name] = change.apply(made.get(name, tensors[name]))
+    return made
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a plan does to one tensor, apart from the constants that a bias takes up before.
+
+    Attributes:
+        cleared: rows that become zero: columns of consumers, for what stays in place.
+        removed: rows that are taken out, in this order.
+    """
+
+    cleared: tuple[Rows, ...] = ()
+    removed: tuple[Rows, ...] = ()
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the changed tensor; the tensor itself stays as it is."""
+        with torch.no_grad():
+            tensor = tensor.detach()
+            if self.cleared:
+                tensor = tensor.clone()
+            for rows in self.cleared:
+                rows.clear(tensor)
+            for rows in self.removed:
+                tensor = rows.without(tensor)
+        return tensor
+
+    def on(self, move: Callable[[Rows], Rows]) -> Change:
+        """Return the change of a tensor that holds other rows."""
+        return Change(tuple(map(move, self.cleared)), tuple(map(move, self.removed)))
+
+
+def changes(plan: Plan) -> dict[str, Change]:
+    """Return what a plan does to every tensor whose rows it takes out or zeroes, by canonical name."""
+    cleared: dict[str, list[Rows]] = {}
+    removed: dict[str, list[Rows]] = {}
+    for part in plan.sites:
+        if part.site.name in plan.zeroed or part.stay:
+            for name, rows in columns(part):
+                cleared.setdefault(name, []).append(rows)
+    cut = plan.cut()
+    lead = leads(cut)
+    for (name, dim), gone in sorted(removed_rows(cut).items(), key=lambda item: -item[1].ndim):
+        if gone.any():  # experts go after their rows
+            removed.setdefault(name, []).append(Rows(dim, gone, lead.get((name, dim))))
+    names = dict.fromkeys([*cleared, *removed])
+    return {name: Change(tuple(cleared.get(name, ())), tuple(removed.get(name, ()))) for name in names}
 
 
 def _own(tensor: torch.Tensor, like: torch.Tensor | None = None, *, clone: bool = True) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxslim.overlay import underlying
 from fxslim.passes.training import drawing, repeatable, training
 from fxslim.program import forward_parameters
+from fxslim.sharing import evaluating
 
 NEW_TOKENS = 3
 SETTINGS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "labels")
@@ -117,19 +118,6 @@ def generates(model: nn.Module) -> bool:
     """Tell whether a model has transformers' generation."""
     can = getattr(model, "can_generate", None)
     return bool(callable(can) and can() and callable(getattr(model, "generate", None)))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode, and put every module back into the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from fxslim.plan import Note, Plan, SitePlan, SpreadEdit, removed_rows
 from fxslim.program import Program, is_symbolic
 from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
-from fxslim.sharing import share
+from fxslim.sharing import refuse, share
 from fxslim.trace import trace
 
 MASKS = frozenset({"attention_mask", "decoder_attention_mask"})
@@ -75,6 +75,7 @@ class Narrowed:
 
 def subject(model: nn.Module, example_inputs: Any) -> Subject:
     """Prepare a model for a pipeline: what is run is a copy that shares the weights and has buffers of its own."""
+    refuse(model)
     return Subject(model, share(permanent(model), buffers=False), example_inputs)
 
 

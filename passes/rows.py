@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fxslim.errors import PlanError
 from fxslim.plan import SitePlan
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a dimension of a tensor that go.
+
+    Attributes:
+        dim: the dimension.
+        gone: which of its rows, (size,); or which of every expert, (experts, size).
+        lead: the dimension that counts the experts, where rows differ between them.
+    """
+
+    dim: int
+    gone: np.ndarray
+    lead: int | None = None
+
+    def without(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Take the rows out of a tensor."""
+        return without(tensor, self.dim, self.gone, self.lead)
+
+    def clear(self, tensor: torch.Tensor) -> None:
+        """Zero the rows of a tensor in place."""
+        clear(tensor, self.dim, self.gone, self.lead)
+
+    def between(self, first: int, last: int) -> Rows:
+        """Return them for a tensor that holds a part of dimension 0 only."""
+        if 0 in (self.dim, self.lead):
+            return dataclasses.replace(self, gone=self.gone[first:last])
+        return self
+
+    def of_expert(self, expert: int) -> Rows:
+        """Return them for the tensor of one expert, which has no dimension 0 that counts them."""
+        assert self.dim != 0 and self.lead in (0, None)
+        return Rows(self.dim - 1, self.gone if self.lead is None else self.gone[expert])
 
 
 def without(tensor: torch.Tensor, dim: int, gone: np.ndarray, lead: int | None) -> torch.Tensor:
@@ -56,9 +92,15 @@ def cleared(
         part: the site's plan.
     """
     made: dict[str, torch.Tensor] = {}
+    for name, rows in columns(part):
+        if name not in made:
+            made[name] = changed.get(name, tensors[name]).detach().clone()
+        rows.clear(made[name])
+    return made
+
+
+def columns(part: SitePlan) -> Iterator[tuple[str, Rows]]:
+    """Yield the columns of a site's consumers that belong to units that go, with the tensor's name."""
     for piece in part.site.slices:
         if piece.role == "in":
-            before = made.get(piece.tensor, changed.get(piece.tensor, tensors[piece.tensor]))
-            made[piece.tensor] = before.detach().clone()
-            clear(made[piece.tensor], piece.dim, piece.per_expert(piece.removed(part.gone)), piece.lead)
-    return made
+            yield piece.tensor, Rows(piece.dim, piece.per_expert(piece.removed(part.gone)), piece.lead)

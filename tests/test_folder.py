@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import shutil
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import fxslim.folder as folder_module
 from fxslim.errors import InputError
 from fxslim.folder import replacing
 
@@ -83,6 +94,7 @@ def test_a_failure_while_moving_into_place_brings_the_old_folder_back(
             raise OSError("no")
         return rename(self, target)
 
+    monkeypatch.setattr(folder_module, "_exchange", lambda one, other: False)  # a system that cannot
     monkeypatch.setattr(Path, "rename", fail_on_partial)
     with pytest.raises(OSError, match="no"):
         write(folder, force=True)
@@ -104,3 +116,119 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     write(tmp_path / "link", force=True)
     assert content(real) == {"deep/file.txt": "new"}
     assert (tmp_path / "link").is_symlink()
+
+
+def killed_at(moment: int, folder: Path) -> bool:
+    """Write a folder in a process that is killed at its n-th moment; tell whether it was.
+
+    Moments are the lines of the writer, and whatever Python's audit sees of calls of the system (files that are opened,
+    made, renamed, removed).
+    """
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    count = 0
+
+    def pass_by() -> None:
+        nonlocal count
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code.co_filename != folder_module.__file__:
+            return None
+        if event == "line":
+            pass_by()
+        return trace
+
+    sys.addaudithook(lambda event, args: pass_by() if event.split(".")[0] in ("os", "open", "shutil") else None)
+    sys.settrace(trace)
+    write(folder, force=True)
+    os._exit(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders change places in one step on Linux")
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "out", "old")
+    seen = []
+    for moment in range(1, 10_000):
+        was_killed = killed_at(moment, folder)
+        found = content(folder)
+        assert found in ({"config.json": "old"}, {"deep/file.txt": "new"}), moment
+        seen.append("old" if "config.json" in found else "new")
+        if not was_killed:
+            break
+        if seen[-1] == "new":
+            shutil.rmtree(folder)
+            checkpoint(folder, "old")
+    else:
+        raise AssertionError("the writer never came to its end")
+    assert len(seen) > 100
+    assert seen[0] == "old"
+    assert seen[-1] == "new"
+    assert seen == sorted(seen, reverse=True), "once the new folder is there, it stays"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the last writer tidies up what the killed ones left"
+
+
+def test_an_old_folder_that_was_put_aside_comes_back(tmp_path: Path) -> None:
+    """Where folders cannot change places, a kill between two renames leaves the old one under another name."""
+    checkpoint(tmp_path / ".out.0123abcd.old", "old")
+    (tmp_path / ".out.notes.old").mkdir()  # somebody else's
+    with pytest.raises(RuntimeError), replacing(tmp_path / "out", force=True):
+        raise RuntimeError
+    assert content(tmp_path / "out") == {"config.json": "old"}
+    assert (tmp_path / ".out.notes.old").is_dir()
+
+
+def test_of_two_writers_the_last_one_wins_whole(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "out", "old")
+    with replacing(folder, force=True) as one:
+        (one / "config.json").write_text("one")
+        with replacing(folder, force=True) as other:
+            (other / "config.json").write_text("other")
+        assert content(folder) == {"config.json": "other"}
+    assert content(folder) == {"config.json": "one"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_job_is_done_once_at_a_time_and_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(RuntimeError), replacing(folder, job="0123abcd") as staging:  # noqa: PT012
+        (staging / "first").write_text("1")
+        with pytest.raises(InputError, match="another process is writing"), replacing(folder, job="0123abcd"):
+            pass
+        raise RuntimeError
+    assert not folder.exists()
+    with replacing(folder, job="0123abcd") as staging:
+        assert content(staging) == {"first": "1"}
+    assert content(folder) == {"first": "1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_an_error_of_ours(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "out", "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        said = r"out cannot be written: File too large\. What was there is as it was"
+        with pytest.raises(InputError, match=said), replacing(folder, force=True) as staging:
+            (staging / "large").write_bytes(bytes(5000))
+        said = r"out cannot be written: .*os error 27"
+        with pytest.raises(InputError, match=said), replacing(folder, force=True) as staging:
+            save_file({"a": torch.zeros(5000)}, staging / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert content(folder) == {"config.json": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match="out cannot be written: Read-only file system"):
+        write(tmp_path / "out")

@@ -194,9 +194,10 @@ def test_huge_numbers_are_refused_before_anything_is_made_of_them(field: str) ->
 
 def test_a_plan_prints_its_sites_and_notes() -> None:
     lines = str(PLAN).splitlines()
-    assert lines[1].split() == ["mlp:ffn", "ffn", "2", "/", "4"]
-    assert lines[2].split() == ["attn:attention", "attention", "2", "/", "4"]
-    assert lines[3] == "note: attn: because"
+    assert lines[0] == "narrowed: 2" and lines[2].split() == ["site", "kind", "kept", "of"]
+    assert lines[4].split() == ["mlp:ffn", "ffn", "2", "4", "50%"]
+    assert lines[5].split() == ["attn:attention", "attention", "2", "4", "50%"]
+    assert lines[-1] == "note: attn: because"
     assert str(PLAN.model_copy(update={"sites": ()})) == "nothing to take out\nnote: attn: because"
 
 

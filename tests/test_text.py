@@ -10,13 +10,14 @@ from torch.nn import functional
 
 from fxslim.passes.annotate import annotate
 from fxslim.plan import Block, Site, Slice
-from fxslim.text import label_lines, program_lines, site_lines, table
+from fxslim.tables import Table
+from fxslim.text import label_lines, program_lines, site_lines
 
 from traced import Function, labelled, numbers, traced
 
 
 def test_tables_align_numbers_to_the_right_and_group_digits() -> None:
-    text = table(("name", "count#"), [("one", 1), ("two [not markup]", 1234567)], title="a title")
+    text = str(Table(("name", "count#"), [("one", 1), ("two [not markup]", 1234567)], title="a title"))
     lines = text.splitlines()
     assert lines[0] == "a title"
     assert next(line.split() for line in lines if line.startswith(" ") and line.strip()[0].isalpha()) == [
@@ -32,7 +33,13 @@ def test_tables_align_numbers_to_the_right_and_group_digits() -> None:
 
 
 def test_an_empty_table_prints_its_columns() -> None:
-    assert "name" in table(("name",), [])
+    assert "name" in str(Table(("name",), []))
+
+
+def test_html_tables_hold_text_alone() -> None:
+    html = Table(("<b>", "count#"), [("<script>alert(1)</script>", 1234)], title="a & b").html()
+    assert "<script" not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "<caption>a &amp; b</caption>" in html and ">1,234</td>" in html and "&lt;b&gt;" in html
 
 
 def test_site_lines() -> None:

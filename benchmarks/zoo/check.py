@@ -2,13 +2,15 @@
 
 Found: every linear that the oracle calls prunable lies in a site, or the report says why not. Exact: with 40 % of the
 units of every site removed at random, the narrowed models compute what the masked one does, on the traced inputs and on
-others. Generates: greedy tokens are the same. Survives: the narrowed weights load into a skeleton that the plan made.
+others. Generates: greedy tokens are the same. Survives: the narrowed weights load into a skeleton that the plan made,
+and what is saved loads back bit for bit; transformers alone loads it where the report says so, or refuses its sizes.
 Never silent: every linear outside of the sites has a line in the report.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -417,7 +419,28 @@ def _survives(case: Case, seed: int, small: Any, inputs: Mapping[str, Any]) -> s
     with without_caches(loaded):
         found = outputs(loaded, inputs)
     worst = max(distance(expected[key], found[key]) for key in expected)
-    return "yes" if worst <= EXACT else f"computes something else, by {worst:.1e}"
+    return _reloads(small, inputs) if worst <= EXACT else f"computes something else, by {worst:.1e}"
+
+
+def _reloads(small: Any, inputs: Mapping[str, Any]) -> str:
+    """Save a narrowed model, load it back, compare bit for bit; without fxslim it loads as promised, or not at all."""
+    with tempfile.TemporaryDirectory() as place, without_caches(small):
+        folder = fxslim.save_pretrained(small, Path(place) / "small")
+        own = {"attn_implementation": small.config._attn_implementation}
+        loaded = fxslim.from_pretrained(folder, **own)
+        with without_caches(loaded):
+            expected, found = outputs(small, inputs), outputs(loaded, inputs)
+        if expected.keys() != found.keys() or any(distance(expected[key], found[key]) for key in expected):
+            return "computes something else when it is loaded back"
+        try:
+            plain = type(small).from_pretrained(folder, **own)
+        except RuntimeError as error:
+            fails = "ignore_mismatched_sizes" in str(error) and not small.fxslim.report.plain.loads
+            return "yes" if fails else f"without fxslim: {_said(error)}"
+        with without_caches(plain):
+            found = outputs(plain.eval(), inputs)
+        worst = max(distance(expected[key], found[key]) for key in expected)
+        return "yes" if worst <= INNER_FLOAT32 and small.fxslim.report.plain.loads else "loads wrong without fxslim"
 
 
 def _config(case: Case) -> Any:

@@ -243,7 +243,8 @@ def _wish(given: Mapping[str, Any], *, exact: bool) -> Wish:
     idle = [
         (
             "criterion_reduce_type",
-            given["criterion_reduce_type"] != "mean" and (criterion == "block_mask" or pattern == "mha"),
+            given["criterion_reduce_type"] != "mean"
+            and (criterion == "block_mask" or pattern == "mha" or kind == "pattern_lock"),
         ),
         ("reg_type='group_lasso'", lasso and (pattern == "mha" or kind in (*WITH_DATA, "pattern_lock"))),
         ("pruning_type='pattern_lock'", kind == "pattern_lock" and pattern == "mha"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxslim.calibration import LABELS
+from fxslim.batches import LABELS
 from fxslim.errors import InputError, RequestError
 from fxslim.inputs import bind
 

@@ -100,6 +100,11 @@ class PruningCallbacks:
         return tuple(dict.fromkeys((*self._notes, *(note for own in self.pruners for note in own.notes))))
 
     @property
+    def settled(self) -> bool:
+        """Tell whether the target is reached: masks do not grow any more."""
+        return all(pruner.settled for pruner in self.pruners)
+
+    @property
     def sparsity(self) -> dict[str, float]:
         """Return the masked fraction of what each pruner is about: ``ffn``, ``heads``, ``weights``, ``weights 2``, …"""
         found: dict[str, float] = {}
@@ -203,13 +208,7 @@ class PruningCallbacks:
 
     def attach(self, optimizer: Any) -> None:
         """See the steps of an optimizer, by hooks that torch offers for it, so that nothing needs to be called."""
-        inner = optimizer
-        while not hasattr(inner, "register_step_pre_hook") or isinstance(
-            getattr(inner, "optimizer", None), torch.optim.Optimizer
-        ):
-            inner = getattr(inner, "optimizer", None)
-            if inner is None:
-                raise InputError(f"optimizer= takes a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        inner = _seen(optimizer)
         self._handles.append(inner.register_step_pre_hook(lambda *_: self.on_before_optimizer_step()))
         self._handles.append(inner.register_step_post_hook(lambda *_: self.on_after_optimizer_step()))
 
@@ -271,6 +270,18 @@ def prepare_compression(
     return CompressionManager(model, PruningCallbacks(several[0], model, **kwargs))
 
 
+def _seen(optimizer: Any) -> Any:
+    """Return the optimizer whose steps can be seen, inside what wraps it."""
+    inner = optimizer
+    while not hasattr(inner, "register_step_pre_hook") or isinstance(
+        getattr(inner, "optimizer", None), torch.optim.Optimizer
+    ):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise InputError(f"optimizer= takes a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    return inner
+
+
 def prepare_pruning(
     model: nn.Module,
     config: WeightPruningConfig,
@@ -301,6 +312,8 @@ def prepare_pruning(
         raise RequestError("device=: the model is worked on where it is; move it with model.to(device) instead.")
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise RequestError(f"optimizer={type(optimizer).__name__}: that is none; say dataloader= by name.")
+    if optimizer is not None:
+        _seen(optimizer)
     made = PruningCallbacks(config, model, optimizer=optimizer, dataloader=dataloader, loss_func=loss_func)
     if optimizer is not None:
         try:

@@ -8,8 +8,6 @@ from typing import Protocol
 
 from torch import nn
 
-from fxslim.training.pruner import Pruner
-
 LOG = logging.getLogger("fxslim")
 
 
@@ -18,7 +16,10 @@ class Standing(Protocol):
 
     model: nn.Module
     finished: bool
-    pruners: list[Pruner]
+
+    @property
+    def settled(self) -> bool:
+        """Tell whether the target is reached."""
 
     def release(self) -> None:
         """Take masks off."""
@@ -31,6 +32,6 @@ def take_off(model: nn.Module) -> None:
     """Take the masks of all callbacks off a model, where it stands."""
     for own in list(STANDING):
         if own.model is model and not own.finished:
-            if not all(pruner.settled for pruner in own.pruners):
+            if not own.settled:
                 LOG.warning("masks are taken off before they reached their target: the model has the zeros of now.")
             own.release()

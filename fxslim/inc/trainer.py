@@ -11,6 +11,7 @@ from fxslim.errors import InputError, RequestError
 from fxslim.inc.config import WeightPruningConfig
 from fxslim.inc.metrics import Metric
 from fxslim.inc.pruning import PruningCallbacks
+from fxslim.training.callback import forget_best
 
 LOG = logging.getLogger("fxslim")
 
@@ -80,6 +81,7 @@ class _Steps(TrainerCallback):
     def __init__(self, trainer: NLPTrainer, config: WeightPruningConfig) -> None:
         self.trainer, self.config = trainer, config
         self.callbacks: PruningCallbacks | None = None
+        self._settled = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,6 +117,13 @@ class _Steps(TrainerCallback):
         """Mask more where it is due."""
         assert self.callbacks is not None
         self.callbacks.on_after_optimizer_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget the best model so far when the target is reached: it was a larger one."""
+        assert self.callbacks is not None
+        if self.callbacks.settled and not self._settled:
+            forget_best(state)
+            self._settled = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

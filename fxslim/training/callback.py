@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,18 @@ from fxslim.training.pruner import Pruner, unwrapped
 LOG = logging.getLogger("fxslim")
 
 
+def forget_best(state: TrainerState) -> None:
+    """Seek the best model from here on: those before were larger."""
+    state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+
 class PruningCallback(TrainerCallback):
     """Prunes the model of a ``Trainer`` while it trains; afterwards ``fxslim.slim(trainer.model)`` makes it smaller.
 
     Masks are saved beside every checkpoint; ``trainer.train(resume_from_checkpoint=…)`` goes on from them. What is
-    masked, quantiles of scores and the size to come are logged under ``pruning/…``. With ``load_best_model_at_end``
-    the best one is sought among those that have reached the target.
+    masked, quantiles of scores and the size to come are logged under ``pruning/…``: in ``log_history``, on the screen,
+    and by callbacks that come after this one (integrations of ``report_to`` come before; add theirs again behind it).
+    With ``load_best_model_at_end`` the best one is sought among those that have reached the target.
 
     Args:
         config: what goes.
@@ -53,11 +60,15 @@ class PruningCallback(TrainerCallback):
         self.calibration = calibration
         self.pruner: Pruner | None = None
         self._settled = False
+        self._copied: weakref.ref[nn.Module] | None = None
+        """The model that the teacher is a copy of, where none was given: a Trainer of another model has another."""
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the dense model, before a checkpoint is loaded into it."""
-        if self.config.distill is not None and self.teacher is None:
-            self.teacher = Teaching.copy_of(unwrapped(kwargs["model"]))
+        model = unwrapped(kwargs["model"])
+        other = self._copied is not None and self._copied() is not model
+        if self.config.distill is not None and (self.teacher is None or other):
+            self.teacher, self._copied = Teaching.copy_of(model), weakref.ref(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,11 +98,11 @@ class PruningCallback(TrainerCallback):
         for note in self.pruner.notes:
             LOG.warning("%s: %s", note.where, note.reason)
         if state.global_step:
-            self.pruner.load(self._folder(args, state))
-            if self.pruner.step != state.global_step:
-                raise InputError(
-                    f"training resumes at step {state.global_step}, and the masks are those of step {self.pruner.step}."
-                )
+            try:
+                self._resume(self.pruner, args, state)
+            except BaseException:
+                self.pruner.release()
+                raise
         self._settled = self.pruner.settled
 
     def on_pre_optimizer_step(
@@ -113,7 +124,7 @@ class PruningCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget the best model so far when the target is reached: it was a larger one."""
         if self._running().settled and not self._settled:
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            forget_best(state)
             self._settled = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -144,6 +155,13 @@ class PruningCallback(TrainerCallback):
         if self.pruner is None:
             raise InputError("the callback has seen no training begin; give it to a Trainer.")
         return self.pruner
+
+    def _resume(self, pruner: Pruner, args: TrainingArguments, state: TrainerState) -> None:
+        pruner.load(self._folder(args, state))
+        if pruner.step != state.global_step:
+            raise InputError(
+                f"training resumes at step {state.global_step}, and the masks are those of step {pruner.step}."
+            )
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Return the folder with the masks to go on from."""

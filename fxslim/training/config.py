@@ -79,7 +79,7 @@ class WeightMasks:
         pattern: ``1x1`` single weights, ``NxM`` blocks of N outputs by M inputs, ``N:M`` the N smallest of every M
             inputs, ``channelx1`` whole inputs, ``1xchannel`` whole outputs.
         kinds: kinds of layers: ``Linear`` (and Conv1D of transformers), ``Conv``.
-        lock: mask what is zero at the start, and nothing else.
+        lock: mask what is zero at the start, and nothing else; start, end and schedule are of no account then.
         lasso: strength of a group lasso over the pattern's blocks: after every step until the schedule's end, their
             norms shrink by learning rate times strength times √size (a proximal step).
         reduce: what a block's score is of those of its weights: their ``mean``, ``sum`` or ``max``. A score that is the
@@ -100,8 +100,10 @@ class WeightMasks:
         pattern = pattern_of(self.pattern)
         fixed = pattern.fraction
         if self.lock:
-            if self.fraction is not None:
-                raise RequestError("lock=True masks what is zero at the start, and nothing else: give no fraction.")
+            given = {"fraction": None, "lasso": 0.0, "reduce": "mean", "portions": 1}
+            idle = ", ".join(f"{name}=" for name, plain in given.items() if getattr(self, name) != plain)
+            if idle:
+                raise RequestError(f"lock=True masks what is zero at the start, and nothing else: leave {idle} out.")
         elif self.fraction is None:
             if fixed is None:
                 raise RequestError(f"pattern={self.pattern!r}: say how much is to go, such as fraction=0.8.")
@@ -209,6 +211,11 @@ class PruningConfig:
     def units(self) -> bool:
         """Tell whether units of sites are masked."""
         return any(getattr(self, name) for name in UNITS)
+
+    @property
+    def grows(self) -> bool:
+        """Tell whether more is masked as training goes on; what is locked is masked from the start."""
+        return self.units or (self.masks is not None and not self.masks.lock)
 
     def request(self, change: Callable[[float], float] | None = None) -> Request:
         """Return what is asked of sites.

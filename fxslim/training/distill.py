@@ -17,6 +17,8 @@ from fxslim.errors import InputError
 from fxslim.training.config import Distillation
 from fxslim.training.hooks import Hook
 
+ITEMS = "num_items_in_batch"
+"""The keyword by which a Trainer says how many items all accumulated batches hold."""
 IGNORED = -100
 """The label of tokens that count nowhere."""
 
@@ -38,8 +40,8 @@ class Teaching:
     def __init__(self, model: nn.Module, asked: Distillation, teacher: nn.Module | None = None) -> None:
         self.asked = asked
         self.dtype: torch.dtype | None = None
-        self.teacher = self.copy_of(model) if teacher is None else teacher
-        self.teacher.requires_grad_(requires_grad=False).eval()
+        self._summed: bool | None = None
+        self.teacher = self.copy_of(model) if teacher is None else _apart_from(model, teacher).eval()
         self.handles: list[Any] = [model.register_forward_hook(Hook(self._learn), with_kwargs=True)]
         if asked.hidden:
             self.handles.append(model.register_forward_pre_hook(Hook(self._show), with_kwargs=True))
@@ -77,32 +79,57 @@ class Teaching:
                 "distillation adds to the loss that the model returns, and it returned none: give it labels, and leave "
                 "label_smoothing_factor and compute_loss_func of a Trainer alone (return_dict must be on)."
             )
-        given = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
         place = output["loss"].device
         if next(self.teacher.parameters()).device != place:
             self.teacher.to(place)
-        with torch.no_grad(), torch.autocast(place.type, self.dtype) if self.dtype else nullcontext():
-            dense = self.teacher(*args, **given)
+        given = {name: value for name, value in kwargs.items() if name not in ("labels", ITEMS)}
+        dense = self._teach(place, *args, **given)
         learnt = loss_from(output, dense, kwargs, self.asked, kind=_problem(module))
-        output["loss"] = self.asked.task * output["loss"] + learnt * _share(kwargs)
+        if self._sums(place, args, kwargs):
+            learnt = learnt * (kwargs["labels"] != IGNORED).sum() / kwargs[ITEMS]
+        output["loss"] = self.asked.task * output["loss"] + learnt
         return output
+
+    @torch.no_grad()
+    def _teach(self, place: torch.device, *args: Any, **kwargs: Any) -> Any:
+        """Return what the dense model says."""
+        with torch.autocast(place.type, self.dtype) if self.dtype else nullcontext():
+            return self.teacher(*args, **kwargs)
+
+    def _sums(self, place: torch.device, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Tell whether the loss is a sum over this batch, divided by the number of items of all accumulated batches.
+
+        Some models take that number and return the mean over their batch all the same, so the teacher is asked, once.
+        """
+        if kwargs.get(ITEMS) is None or not isinstance(kwargs.get("labels"), Tensor):
+            return False
+        if self._summed is None:
+            one, two = (
+                float(self._teach(place, *args, **{**kwargs, ITEMS: times * kwargs[ITEMS]})["loss"]) for times in (1, 2)
+            )
+            self._summed = abs(one - 2 * two) <= 0.01 * abs(one)
+        return self._summed
 
 
 def _trains(module: nn.Module) -> bool:
     return module.training and torch.is_grad_enabled()
 
 
+def _apart_from(model: nn.Module, teacher: nn.Module) -> nn.Module:
+    """Return a teacher that can be put to its place beside a model."""
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"teacher= takes the dense model, a torch.nn.Module, not {type(teacher).__name__}.")
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise InputError(
+            "teacher= shares weights with the model that is trained, and would change with it: leave teacher= out for "
+            "a copy of the model as it is now, or give another model."
+        )
+    return teacher
+
+
 def _problem(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "problem_type", None) or ""
-
-
-def _share(kwargs: Mapping[str, Any]) -> Tensor | float:
-    """Return which part of the items of all accumulated batches these are, where the loss is their sum over all."""
-    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if items is None or not isinstance(labels, Tensor):
-        return 1.0
-    share: Tensor = (labels != IGNORED).sum() / items
-    return share
 
 
 def loss_from(

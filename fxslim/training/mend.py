@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fxslim.calibration import calibration
 from fxslim.errors import UnsupportedModelError
 from fxslim.passes.fitting.fit import weighted
-from fxslim.passes.fitting.observe import rows_of
 from fxslim.passes.fitting.repair import repair
+from fxslim.passes.fitting.sequences import rows_of
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.plan import Note, SitePlan
 from fxslim.program import Program

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.asked import Globs, globs, nearest
-from fxslim.calibration import Batch, calibration
+from fxslim.batches import Batch
+from fxslim.calibration import calibration
 from fxslim.errors import InputError, RequestError
+from fxslim.passes.choose import part_of
 from fxslim.training.config import KINDS, WeightMasks
 from fxslim.training.lowest import lowest
 from fxslim.training.patterns import Layer, Pattern, pattern_of
@@ -112,11 +114,11 @@ def _cut(matrix: Tensor, norms: Tensor | None, pattern: Pattern, fraction: float
         gone = pattern.spread(chosen, scores)
     elif norms is not None:
         gone = torch.zeros_like(matrix, dtype=torch.bool)
-        count = int(fraction * matrix.shape[1] + 1e-9)
+        count = part_of(fraction, matrix.shape[1])
         gone.scatter_(1, scores.argsort(dim=1, stable=True)[:, :count], value=True)
     else:
         blocks = pattern.summed(scores)
-        taken = lowest(blocks.reshape(-1), int(fraction * blocks.numel() + 1e-9)).reshape(blocks.shape)
+        taken = lowest(blocks.reshape(-1), part_of(fraction, blocks.numel())).reshape(blocks.shape)
         gone = pattern.spread(taken, scores)
     return matrix.masked_fill(gone, 0)
 
@@ -147,7 +149,7 @@ def _sparsegpt(layer: Layer, gram: Tensor, pattern: Pattern, fraction: float) ->
         errors = torch.zeros(len(weight), end - start, dtype=weight.dtype, device=weight.device)
         if pattern.drop is None:
             scores = weight[:, start:end].square() / scale[start:end]
-            count = int(fraction * weight.shape[0] * end + 1e-9) - int(gone.sum())
+            count = part_of(fraction, weight.shape[0] * end) - int(gone.sum())
             gone[:, start:end] = lowest(scores.reshape(-1), count).reshape(scores.shape)
         for j in range(start, end):
             if pattern.drop is not None and (j - start) % pattern.columns == 0:

@@ -21,9 +21,13 @@ from fxslim.training.config import PruningConfig
 from fxslim.training.distill import Teaching
 from fxslim.training.figures import Estimate, Figures, quantiles
 from fxslim.training.mend import Mending
+from fxslim.training.optimizer import keeps_zeros
 from fxslim.training.schedule import Timeline, masked_fraction, timeline
 from fxslim.training.units import MaskedUnits
 from fxslim.training.weights import MaskedWeights
+
+AT_ONCE = Timeline(0, 1, 1)
+"""For masks that do not grow."""
 
 
 class Pruner:
@@ -49,7 +53,8 @@ class Pruner:
         model: the model; wrappers of data parallelism and ``torch.compile`` are looked through.
         config: what goes.
         example_inputs: see `fxslim.inspect`; not needed for models of transformers, nor where weights alone are masked.
-        optimizer: the optimizer, whose memory of what is masked is cleared; it may be set later.
+        optimizer: the optimizer, whose memory of what is masked is cleared, where it is one number for each weight; it
+            may be set later.
         steps: how many optimizer steps the training has; needed where ``start`` or ``end`` is a fraction.
         teacher: the dense model for distillation; None for a copy of the model as it is now.
         calibration: an iterable of batches (see `fxslim.plan`): whenever units are masked, weights and biases around
@@ -58,7 +63,7 @@ class Pruner:
             changed it since.
 
     Raises:
-        InputError: something does not fit, or is missing.
+        InputError: something does not fit, or is missing. Nothing is left on the model.
         RequestError: nothing that the config asks for is found.
     """
 
@@ -84,12 +89,26 @@ class Pruner:
             raise InputError(f"steps={steps!r}: give the number of optimizer steps, at least 1.")
         self.config, self.optimizer, self.step = config, optimizer, 0
         self.model = unwrapped(model)
-        self.timeline: Timeline = timeline(config.start, config.end, config.every, steps)
+        self.timeline: Timeline = timeline(config.start, config.end, config.every, steps) if config.grows else AT_ONCE
         self.finished = False
         self.units: MaskedUnits | None = None
         self.weights: MaskedWeights | None = None
         self.estimate: Estimate | None = None
         self.mending: Mending | None = None
+        self.teaching: Teaching | None = None
+        try:
+            self._put_on(example_inputs, teacher, calibration, found)
+        except BaseException:
+            self.release()
+            raise
+        _forget_compiled(model)
+        self._follow()
+
+    def _put_on(
+        self, example_inputs: Any, teacher: nn.Module | None, calibration: Any, found: Inspection | None
+    ) -> None:
+        """Find what the config is about, and put masks and teacher on the model."""
+        config = self.config
         if config.weights is not None:
             self.weights = MaskedWeights(self.model, config)
         if config.units:
@@ -100,9 +119,8 @@ class Pruner:
             self.estimate = Estimate(found)
             self.mending = None if calibration is None else Mending(self.model, found, calibration)
             self.units = MaskedUnits(self.model, found, config)
-        self.teaching = None if config.teaching is None else Teaching(self.model, config.teaching, teacher)
-        _forget_compiled(model)
-        self._follow()
+        if config.teaching is not None:
+            self.teaching = Teaching(self.model, config.teaching, teacher)
 
     @property
     def notes(self) -> tuple[Note, ...]:
@@ -113,7 +131,8 @@ class Pruner:
     @property
     def settled(self) -> bool:
         """Tell whether the target is reached: masks do not grow any more."""
-        return self.finished or (self.step >= self.timeline.end and not (self.weights is not None and self.weights.due))
+        due = self.weights is not None and self.weights.due > 0
+        return self.finished or not self.config.grows or (self.step >= self.timeline.end and not due)
 
     def before_step(self, *, scale: float = 1.0) -> None:
         """Read the step's gradients, and clear those of what is masked.
@@ -133,7 +152,11 @@ class Pruner:
             part.spare()
 
     def after_step(self) -> None:
-        """Count the step, keep zeros zero, and mask more where it is due."""
+        """Count the step, keep zeros zero, and mask more where it is due.
+
+        Raises:
+            InputError: masks are due, and no gradient has been seen to choose them by.
+        """
         self._check_open("after_step")
         growing = not self.settled
         self.step += 1
@@ -145,8 +168,7 @@ class Pruner:
             self.weights.portion()
             self._follow()
         else:
-            for part in self._parts():
-                part.enforce()
+            self._put_back()
 
     def reach(self) -> None:
         """Mask now what is missing to the target."""
@@ -164,15 +186,17 @@ class Pruner:
         """
         if self.finished:
             return
-        if not self.settled:
-            warnings.warn(
-                f"training ended after {self.step} steps, before masks reached their target at {self.timeline.end}: "
-                "the rest is masked now, and nothing has recovered from it.",
-                stacklevel=2,
-            )
-            self.reach()
-        self._follow()
-        self.release()
+        try:
+            if not self.settled:
+                warnings.warn(
+                    f"training ended after {self.step} steps, before masks reached their target at "
+                    f"{self.timeline.end}: the rest is masked now, and nothing has recovered from it.",
+                    stacklevel=2,
+                )
+                self.reach()
+            self._follow()
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Take masks and teacher off the model where it stands; what is masked stays zero until it is trained."""
@@ -245,6 +269,11 @@ class Pruner:
         return [part for part in (self.units, self.weights) if part is not None]
 
     def _update(self, time: float) -> None:
+        if not all(part.heard for part in self._parts()):
+            raise InputError(
+                f"score={self.config.score!r} reads gradients, and none has been seen: call before_step() after "
+                "loss.backward(), before the optimizer's step, and before gradients are cleared."
+            )
         change: Callable[[float], float] = lambda last: masked_fraction(self.config.schedule, time, last)  # noqa: E731
         before = () if self.units is None else self.units.parts()
         for part in self._parts():
@@ -254,6 +283,13 @@ class Pruner:
             if more:
                 self.units.take(self.mending.tensors(self.model, more))
         self._follow()
+
+    def _put_back(self) -> None:
+        """Put zeros back that an optimizer may have moved: an unknown one, or one whose memory nothing can clear."""
+        if self.weights is not None:
+            self.weights.fold()
+        if self.units is not None and not (self.units.hooked and keeps_zeros(self.optimizer)):
+            self.units.fold()
 
     def _follow(self) -> None:
         """Put zeros behind the masks, in weights and in what the optimizer remembers."""

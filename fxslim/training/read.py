@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxslim.calibration import Batch
+from fxslim.batches import Batch
 from fxslim.training.patterns import Layer
 
 

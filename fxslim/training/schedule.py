@@ -61,7 +61,7 @@ class Timeline:
         """Return where on the curve a step is, from 0 to 1."""
         if step >= self.end:
             return 1.0
-        return max(step - self.start, 0) / (self.end - self.start)
+        return 0.0 if step <= self.start else (step - self.start) / (self.end - self.start)
 
     def due(self, step: int) -> bool:
         """Tell whether masks are updated after this many steps."""

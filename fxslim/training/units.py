@@ -12,7 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from fxslim.errors import InputError, RequestError
-from fxslim.passes.choose import FFN, Measured, Request, count_of, measure, merged, pick, rounded, select, unmet
+from fxslim.passes.choose import (
+    FFN,
+    Measured,
+    Request,
+    count_of,
+    measure,
+    merged,
+    part_of,
+    pick,
+    rounded,
+    select,
+    unmet,
+)
 from fxslim.passes.rows import clear
 from fxslim.passes.sites import Sites
 from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
@@ -80,10 +92,10 @@ class MaskedUnits:
         InputError: weights are computed at every call, or frozen where a score needs their gradients.
     """
 
-    name = "units"
-
     def __init__(self, model: nn.Module, found: Inspection, config: PruningConfig) -> None:
         self.model, self.config, self.score = model, config, SCORES[config.score]
+        self.heard = not self.score.gradients
+        """Whether there is something to choose by: gradients have been seen, or none are needed."""
         self.tensors: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
         request = config.request()
         selected, notes = select(found.sites, request)
@@ -160,6 +172,8 @@ class MaskedUnits:
         """
         if not self.score.gradients:
             return
+        pieces = [piece for own in self.sites for piece, _, _ in own.owners]
+        self.heard = self.heard or any(self._gradient(piece) is not None for piece in pieces)
         seen = self.sums(scale)
         for mask in self.leaves.values():
             mask.grad = None
@@ -180,10 +194,18 @@ class MaskedUnits:
 
     def _rows(self, piece: Slice, scale: float) -> Tensor | None:
         """Return what a step says of the rows of a consumer.  (rows,)"""
+        gradient = self._gradient(piece)
+        if gradient is None:
+            return None
         if piece.hook in self.leaves:
-            mask = self.leaves[piece.hook]
-            return None if mask.grad is None else averaged(mask.grad * mask.detach()) / scale
-        return None if self.tensors[piece.tensor].grad is None else self._read(piece)
+            return averaged(gradient * self.leaves[piece.hook].detach()) / scale
+        return self._read(piece)
+
+    def _gradient(self, piece: Slice) -> Tensor | None:
+        """Return the gradient by a consumer's weight, or by its mask where the weight is frozen."""
+        if piece.hook in self.leaves:
+            return self.leaves[piece.hook].grad
+        return self.tensors[piece.tensor].grad
 
     def _read(self, piece: Slice) -> Tensor:
         """Return what is summed over the weights that read the rows of a consumer.  (rows,)"""
@@ -202,13 +224,11 @@ class MaskedUnits:
 
     def spare(self) -> None:
         """Clear the gradients of masked columns whose inputs no hook masks."""
-        for own, piece in self._columns():
-            gradient = self.tensors[piece.tensor].grad
-            if gradient is not None and own.gone.any():
-                clear(gradient, piece.dim, piece.per_expert(piece.removed(own.gone)), piece.lead)
-
-    def _columns(self) -> list[tuple[MaskedSite, Slice]]:
-        return [(own, piece) for own in self.sites for piece, _, _ in own.owners if piece.hook is None]
+        for own in self.sites:
+            for piece, _, _ in own.owners if own.gone.any() else ():
+                gradient = self.tensors[piece.tensor].grad
+                if piece.hook is None and gradient is not None:
+                    self._clear(own, piece, gradient)
 
     # What goes --------------------------------------------------------------------------------------------------------
 
@@ -259,9 +279,9 @@ class MaskedUnits:
                 members = units_by_group(own.site)
                 steps.append(torch.from_numpy(np.mean([np.sort(ranked[one]) for one in members], axis=0)))
                 least, most = self._limits(own)
-                limits.append((int(least * fraction / last) if last else 0, most))
+                limits.append((part_of(fraction / last, least) if last else 0, most))
             sizes = [len(units_by_group(own.site)) for own in sites]
-            total = int(fraction * sum(own.site.units for own in sites) + 1e-9)
+            total = part_of(fraction, sum(own.site.units for own in sites))
             for own, taken in zip(sites, lowest_of_all(steps, sizes, total, limits), strict=True):
                 requests[own.site.name] = _only(asked, int(taken.sum()) / len(taken))
         return requests
@@ -276,7 +296,7 @@ class MaskedUnits:
         for asked in UNITS if self.config.scope == "global" else ():
             sites = [own for own in self.sites if own.asked == asked]
             units = sum(own.site.units for own in sites)
-            wanted = int(getattr(self.config, asked) * units + 1e-9)
+            wanted = part_of(getattr(self.config, asked), units)
             most, least = (sum(self._limits(own)[i] * len(units_by_group(own.site)) for own in sites) for i in (1, 0))
             if wanted > most or (wanted and wanted < least):
                 raise RequestError(
@@ -301,19 +321,17 @@ class MaskedUnits:
             for piece, _, _ in own.owners if own.gone.any() else ():
                 self._clear(own, piece, self.tensors[piece.tensor].data)
 
+    @property
+    def hooked(self) -> bool:
+        """Tell whether hooks keep gradients away from all masked columns."""
+        return all(piece.hook is not None for own in self.sites for piece, _, _ in own.owners)
+
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Take other weights, by name."""
         for name, tensor in tensors.items():
             own = self.tensors[name]
             own.data.copy_(agreed(tensor, own.device))
-
-    @torch.no_grad()
-    def enforce(self) -> None:
-        """Put zeros back into columns that an optimizer has changed: those whose inputs no hook masks."""
-        for own, piece in self._columns():
-            if own.gone.any():
-                self._clear(own, piece, self.tensors[piece.tensor].data)
 
     @torch.no_grad()
     def forget(self, optimizer: Any) -> None:
@@ -369,6 +387,7 @@ class MaskedUnits:
         for own in self.sites:
             own.gone = state[f"units.{own.site.name}.gone"].numpy().astype(bool)
             own.score = state[f"units.{own.site.name}.score"].to(own.score)
+        self.heard = self.heard or any(bool(own.score.any()) for own in self.sites)
         for mask in self.masks.values():
             mask.data.fill_(1)
         self._set_masks()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxslim.asked import globs
 from fxslim.errors import InputError, RequestError
-from fxslim.passes.choose import matches
+from fxslim.passes.choose import matches, part_of
 from fxslim.plan import Note
 from fxslim.training.config import PruningConfig, WeightMasks
 from fxslim.training.lasso import shrink
@@ -55,12 +55,12 @@ class MaskedWeights:
         InputError: a weight is frozen where a score needs its gradient.
     """
 
-    name = "weights"
-
     def __init__(self, model: nn.Module, config: PruningConfig) -> None:
         assert config.masks is not None
         self.config, self.asked, self.score = config, config.masks, SCORES[config.score]
         self.pattern: Pattern = pattern_of(self.asked.pattern)
+        self.heard = self.asked.lock or not self.score.gradients
+        """Whether there is something to choose by: gradients have been seen, or none are needed."""
         found, refused = chosen_layers(model, self.asked, globs(config.include), globs(config.skip))
         self.notes = tuple(Note(where=path, reason=f"weights are not masked: {reason}") for path, reason in refused)
         if not found:
@@ -94,6 +94,7 @@ class MaskedWeights:
         """Take note of the gradients of a step, before the optimizer uses them; they are those of weights alone."""
         if not self.score.gradients or self.asked.lock:
             return
+        self.heard = self.heard or any(own.layer.weight.grad is not None for own in self.layers)
         steps = [self._step(own) for own in self.layers]
         if not bool(torch.stack([step.sum().to(steps[0]) for step in steps]).isfinite().all()):
             return  # the optimizer leaves such a step out, too, where losses are scaled
@@ -145,15 +146,16 @@ class MaskedWeights:
         if self.config.scope == "global":
             sizes = [own.gone.numel() // own.chosen.numel() for own in self.layers]
             limits = [
-                (int(least * fraction / last) if last else 0, most) for least, most in map(self._limits, self.layers)
+                (part_of(fraction / last, least) if last else 0, most) for least, most in map(self._limits, self.layers)
             ]
-            total = int(fraction * sum(own.gone.numel() for own in self.layers) + 1e-9)
+            total = part_of(fraction, sum(own.gone.numel() for own in self.layers))
             taken = lowest_of_all(ranked, sizes, total, limits)
         else:
-            taken = [lowest(own, int(fraction * len(own) + 1e-9)) for own in ranked]
+            taken = [lowest(own, part_of(fraction, len(own))) for own in ranked]
         for own, one in zip(self.layers, taken, strict=True):
             new = agreed(one, one.device).reshape(own.chosen.shape) & ~own.chosen
-            own.wanted |= self.pattern.spread(new, own.score)
+            part = self.pattern.spread(new, own.score)
+            own.wanted |= part if self.pattern.drop is None else agreed(part, part.device)
             own.chosen |= new
         self.due = self.asked.portions
         self.portion()
@@ -180,7 +182,7 @@ class MaskedWeights:
         """Return how many blocks of a layer go at least and at most."""
         low, high = (limit / (self.pattern.fraction or 1.0) for limit in self.config.limits)
         count = own.chosen.numel()
-        return min(math.ceil(low * count - 1e-9), count), min(math.floor(high * count + 1e-9), count)
+        return min(math.ceil(low * count - 1e-9), count), min(part_of(high, count), count)
 
     def _check_limits(self) -> None:
         if self.config.scope != "global" or self.asked.lock:
@@ -217,10 +219,6 @@ class MaskedWeights:
             rate = rates.get(id(own.layer.weight), 0.0)
             matrix = own.layer.matrix(own.layer.weight.data)
             own.layer.weight.data.copy_(own.layer.stored(shrink(matrix, self.pattern, rate * self.asked.lasso)))
-
-    def enforce(self) -> None:
-        """Put zeros back that an optimizer has changed."""
-        self.fold()
 
     @torch.no_grad()
     def forget(self, optimizer: Any) -> None:
@@ -261,6 +259,7 @@ class MaskedWeights:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take masks and scores; see `state`."""
         self.due = int(state["weights.due"])
+        self.heard = self.heard or any(bool(state[f"weights.{own.layer.path}.score"].any()) for own in self.layers)
         for own in self.layers:
             for name in ("chosen", "wanted", "gone", "score"):
                 before = getattr(own, name)

@@ -13,6 +13,7 @@ from scipy.sparse import csr_matrix
 
 from fxslim.errors import RequestError
 from fxslim.passes.fitting.latency import Latency
+from fxslim.passes.fitting.processes import agreed
 from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program
 from fxslim.report import Reached
@@ -60,7 +61,8 @@ def allocate(levels: Sequence[Sequence[Level]], limits: Sequence[float]) -> list
     damage = np.array([level.damage for own in levels for level in own])
     costs = np.array([level.costs for own in levels for level in own], dtype=float).reshape(len(damage), len(limits))
     owner = np.repeat(np.arange(len(levels)), [len(own) for own in levels])
-    scale = np.maximum(np.abs(np.asarray(limits, dtype=float)), 1e-30)
+    sizes = np.abs(np.asarray(limits, dtype=float))
+    scale = np.maximum(np.where(sizes > 0, sizes, np.abs(costs).max(axis=0, initial=0.0)), 1e-30)
     one = csr_matrix((np.ones(len(damage)), (owner, np.arange(len(damage)))))
     found = milp(
         damage / max(float(damage.max(initial=0.0)), 1e-300),
@@ -103,12 +105,12 @@ class Price:
     latency: Latency | None = None
 
     def of(self, resource: str, parts: Sequence[SitePlan]) -> float:
-        """Return what is left of a resource; of time, relative to the dense model's."""
+        """Return what is left of a resource; of time, relative to the dense model's. The same in all processes."""
         if resource == "time":
             assert self.latency is not None
             return self.latency.share(parts)
-        if resource == "macs":
-            return float(self.count_macs(tuple(parts)))
+        if resource == "macs":  # at the traced sizes: those of the first process
+            return agreed(lambda: [float(self.count_macs(tuple(parts)))], 1)[0]
         sizes = _sizes(self.program, parts)
         if resource == "params":
             own = sum(n for name, n in sizes.items() if isinstance(self.program.tensors[name], torch.nn.Parameter))

@@ -28,13 +28,14 @@ class Call:
         node: the product.
         input: what it reads.
         axis: the axis of what it reads that is summed over; the same axis of its result holds its outputs.
-        residual: what the result is added to, already there when the product is made; None where that cannot be seen.
+        residual: what the result is added to, already there when the product is made: the residual stream, and what
+            parallel branches have made before. Empty where that cannot be seen.
     """
 
     node: fx.Node
     input: fx.Node
     axis: int
-    residual: fx.Node | None
+    residual: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def producers(program: Program, views: Views, site: Site) -> tuple[Consumer, ...
         widths = {shape_of(view.input)[_axis(view.node)] for view in calls}
         whole = widths == {shape[dim]} and all(view.in_dim == dim for view in calls)
         if whole and len(shape) == 2 and not _read_elsewhere(program, calls, piece.tensor, calls[0].bias):
-            read = tuple(Call(view.node, view.input, _axis(view.node), None) for view in calls)
+            read = tuple(Call(view.node, view.input, _axis(view.node), ()) for view in calls)
             found[piece.tensor] = Consumer(piece.tensor, calls[0].bias, dim, np.full(shape[dim], -1), read)
     return tuple(found.values())
 
@@ -147,28 +148,31 @@ def _axis(node: fx.Node) -> int:
     return 1 if name_of(node) in CONVOLUTIONS else -1
 
 
-def residual(node: fx.Node) -> fx.Node | None:
-    """Return what a result is added to, if it was there before: the residual stream.
+def residual(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Return everything that a result is added to and that was there before: the residual stream and earlier branches.
 
     Sums with what is computed later (parallel branches) are passed through; anything else that is done to the result
-    on the way, such as a norm, ends the walk.
+    on the way, such as a norm, or a second reader, ends the walk.
     """
     current = node
+    found: list[fx.Node] = []
     while True:
         users = [user for user in current.users if user.op == "call_function" and operation(user) != "aten.sym_size"]
         if len(users) != 1:
-            return None
+            return tuple(found)
         (user,) = users
         if name_of(user) in CARRIES and user.args[0] is current:
             current = user
             continue
         if name_of(user) not in ("add", "add_") or len(user.args) != 2 or user.kwargs:
-            return None
+            return tuple(found)
         other = user.args[1] if user.args[0] is current else user.args[0]
         if not isinstance(other, fx.Node) or other is current:
-            return None
+            return tuple(found)
         if other < node and other.op == "call_function":
-            return other if _same(other, user) else None
+            if not _same(other, user):
+                return tuple(found)
+            found.append(other)
         current = user
 
 

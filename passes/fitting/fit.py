@@ -13,12 +13,14 @@ from fxslim.calibration import Calibration
 from fxslim.errors import RequestError
 from fxslim.passes.fitting.budget import Level, Price, allocate, level_steps, saved, within
 from fxslim.passes.fitting.curve import Curve
+from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.latency import Shape
 from fxslim.passes.fitting.look import look, weigh
-from fxslim.passes.fitting.observe import Rows, rows_of
-from fxslim.passes.fitting.refit import Repair
+from fxslim.passes.fitting.processes import agreed
+from fxslim.passes.fitting.refit import ROWS_PER_INPUT, Repair
 from fxslim.passes.fitting.repair import repair
 from fxslim.passes.fitting.sensitivity import sensitivity
+from fxslim.passes.fitting.sequences import Rows, rows_of
 from fxslim.passes.fitting.subjects import Chosen, Subjects, choices, fit_of, parts_of, subjects_of
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.fitting.unseen import Masking, expect_unseen, weigh_unseen
@@ -111,6 +113,7 @@ def fit(
             if subjects.seen and not rows.weights:
                 reason = "all tokens and directions count alike: the model's output has no gradient"
                 notes = [*notes, Note(where="calibration", reason=reason)]
+        notes = [*notes, *_copied(rows)]
         if not fixed:
             notes = [*notes, *_look(program, subjects, recipe, rows, masking, tick)]
             if recipe.targets:
@@ -130,9 +133,29 @@ def fit(
             program, subjects, rows, mine, again, tick, masks=masks, how=recipe.repair,
             propagate=recipe.propagate, swaps=recipe.swaps, seed=recipe.seed,
         )  # fmt: skip
-    return Fitted((*parts, *others), tensors, fits, tuple(notes), reached)
+    return Fitted((*parts, *others), tensors, fits, (*notes, *_scarce(fits, recipe)), reached)
 
 
+def _copied(rows: Rows | None) -> Iterator[Note]:
+    """Say that sequences are there several times."""
+    copies, total = rows.copies if rows is not None else (0, 0)
+    if copies:
+        reason = f"{copies} of {total} sequences are copies of others: they say nothing new"
+        yield Note(where="calibration", reason=reason)
+
+
+def _scarce(fits: Sequence[Fit], recipe: Recipe) -> Iterator[Note]:
+    """Say that there were too few rows for matrices."""
+    few = [fit.site for fit in fits if fit.how == "scaled" and recipe.repair == "refit"]
+    if few:
+        reason = (
+            f"one factor for each unit was fitted at {', '.join(few)}, and no matrix: there are fewer than "
+            f"{ROWS_PER_INPUT} tokens (copies of sequences apart) for each input that stays; give more data"
+        )
+        yield Note(where="calibration", reason=reason)
+
+
+@exact()
 def weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Rows:
     """Return rows that count by how much the output depends on them; the sites' metrics are filled in."""
     if not subjects.seen:
@@ -213,8 +236,9 @@ def _by_targets(subjects: Subjects, recipe: Recipe, price: Price) -> tuple[Chose
         if recipe.uniform:
             picks = _uniform(subjects, levels, given)
         else:
-            numbers = allocate(list(levels.values()), given)
-            picks = {name: own[i] for (name, own), i in zip(levels.items(), numbers, strict=True)}
+            found = allocate(list(levels.values()), given)
+            numbers = agreed(lambda: found, len(found))
+            picks = {name: own[int(i)] for (name, own), i in zip(levels.items(), numbers, strict=True)}
         return parts_of(subjects, _steps(picks))
 
     parts = within(price, recipe.targets, choose)

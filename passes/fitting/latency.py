@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxslim.passes.fitting.processes import agreed
 from fxslim.plan import SitePlan
 from fxslim.timer import Estimate, compare
 
@@ -75,7 +76,12 @@ class Latency:
         if not name:
             return Estimate(1.0, 1.0, 1.0)
         if name not in self.known:
-            self.known[name] = self._ratios({"small": self.build(tuple(parts))}, MEASURE_SECONDS)["small"]
+
+            def time() -> tuple[float, float, float]:
+                own = self._ratios({"small": self.build(tuple(parts))}, MEASURE_SECONDS)["small"]
+                return own.value, own.low, own.high
+
+            self.known[name] = Estimate(*agreed(time, 3))
         return self.known[name]
 
     def table(
@@ -92,17 +98,19 @@ class Latency:
         wanted = {
             (shape.name, shape.groups): sorted({max(1, round(p * shape.steps)) for p in POINTS}) for shape in shapes
         }
-        path = self._path(wanted)
-        ratios = _read(path)
-        if ratios is None:
-            models = {
-                f"{shape.name} {int(shape.groups)} {steps}": self.sketch(parts_of(shape, steps))
-                for shape in shapes
-                for steps in wanted[shape.name, shape.groups]
-            }
-            timed = self._ratios(models, TABLE_SECONDS, sketched=True)
-            ratios = {name: one.value for name, one in timed.items()}
-            _write(path, ratios)
+        path = self._path((wanted, [shape.sites for shape in shapes]))
+        cuts = {f"{shape.name} {int(shape.groups)} {steps}": (shape, steps) for shape in shapes
+                for steps in wanted[shape.name, shape.groups]}  # fmt: skip
+
+        def times() -> list[float]:
+            known = _read(path, cuts)
+            if known is None:
+                models = {name: self.sketch(parts_of(*cut)) for name, cut in cuts.items()}
+                known = {name: one.value for name, one in self._ratios(models, TABLE_SECONDS, sketched=True).items()}
+                _write(path, known)
+            return [known[name] for name in cuts]
+
+        ratios = dict(zip(cuts, agreed(times, len(cuts)), strict=True))
         found = {}
         for shape in shapes:
             steps = wanted[shape.name, shape.groups]
@@ -136,20 +144,23 @@ class Latency:
         shapes = {name: (tuple(v.shape), str(v.dtype), str(v.device)) for name, v in self.inputs.items()
                   if isinstance(v, torch.Tensor)}  # fmt: skip
         dtypes = sorted({str(p.dtype) for p in self.dense.parameters()})
-        what = (platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__, dtypes,
-                self.key, shapes, str(wanted))  # fmt: skip
+        places = {p.device for p in self.dense.parameters()}
+        chips = sorted(torch.cuda.get_device_name(place) for place in places if place.type == "cuda")
+        what = (platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__, chips,
+                dtypes, self.key, shapes, str(wanted))  # fmt: skip
         name = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:32]
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return root / "fxslim" / "latency" / f"{name}.json"
 
 
-def _read(path: Path) -> dict[str, float] | None:
+def _read(path: Path, names: Iterable[str]) -> dict[str, float] | None:
+    """Return a table that was kept; None where there is none, or another one than was written."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    whole = isinstance(read, dict) and all(isinstance(v, float) and 0 < v < 100 for v in read.values())
-    return read if whole else None
+    whole = isinstance(read, dict) and read.keys() == set(names)
+    return read if whole and all(isinstance(v, float) and 0 < v < 100 for v in read.values()) else None
 
 
 def _write(path: Path, ratios: Mapping[str, float]) -> None:

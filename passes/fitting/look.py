@@ -12,10 +12,12 @@ from torch import Tensor
 from fxslim.passes.choose import measure
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import Curve, items
+from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.moments import Moments
-from fxslim.passes.fitting.observe import Gradients, Rows, gradients, sums
+from fxslim.passes.fitting.observe import Gradients, gradients, sums
 from fxslim.passes.fitting.refit import Refit, refit
 from fxslim.passes.fitting.seen import Read, Seen
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.subjects import Subjects, choices
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.methods import GRADIENTS, METHODS
@@ -40,6 +42,7 @@ def weigh(program: Program, subjects: Subjects, method: str, seed: int) -> None:
             subjects.curves[name, groups] = METHODS[method](seen, items(site, groups=groups))
 
 
+@exact()
 def look(
     program: Program,
     subjects: Subjects,

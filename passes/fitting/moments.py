@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxslim.passes.fitting.processes import shared
+
 HELD = 4096
 """Rows that are multiplied at once: adding up wide matrices in float64 takes longer than multiplying few rows."""
 BLOCKS = 4
@@ -15,23 +17,12 @@ WIDE = 4096
 """Inputs from which sums are kept in float32: a float64 matrix of 11008 channels takes 0.97 GB."""
 
 
-def shared(total: Tensor) -> Tensor:
-    """Add up in place over the processes of ``torch.distributed``, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        away = torch.distributed.get_backend() == "nccl" and total.device.type == "cpu"
-        there = total.cuda() if away else total
-        torch.distributed.all_reduce(there)
-        if away:
-            total.copy_(there)
-    return total
-
-
 @dataclass(frozen=True)
 class Moments:
     """Moments over rows (tokens), which may count unequally, centred where the consumer has a bias that can move.
 
     Attributes:
-        count: rows.
+        count: rows that are no copies of others.
         x: mean of the inputs, zero where nothing is centred.  (in,)
         t: mean of the targets.  (out,)
         xx: mean of ``x xᵀ``.  (in, in)
@@ -75,7 +66,9 @@ class Sums:
         self.tt = torch.zeros(2, dtype=torch.float64, device=device)
         self._held: tuple[list[tuple[Tensor, Tensor, Tensor]], ...] = ([], [])
 
-    def add(self, x: Tensor, t: Tensor, judged: Tensor, weights: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, t: Tensor, judged: Tensor, weights: Tensor | None = None, copied: Tensor | None = None
+    ) -> None:
         """Add rows.
 
         Args:
@@ -83,10 +76,12 @@ class Sums:
             t: targets.  (rows, out)
             judged: which rows belong to the part that judges.  (rows,) bool
             weights: how much every row counts; one each by default.  (rows,)
+            copied: which rows are there already: they do not count as rows.  (rows,) bool
         """
         weights = torch.ones(len(x), device=x.device) if weights is None else weights
         for part, held in enumerate(self._held):
             rows = judged if part else ~judged
+            self.count[part] += rows.sum() if copied is None else (rows & ~copied).sum()
             held.append((x[rows], t[rows], weights[rows]))
             if sum(len(own) for own, _, _ in held) >= HELD:
                 self._multiply(part)
@@ -100,7 +95,6 @@ class Sums:
         x, t = _wide(x), _wide(t)
         scale = weights.to(x)[:, None]
         heavy_x, heavy_t = x * scale, t * scale
-        self.count[part] += len(x)
         self.mass[part] += scale.double().sum()
         self.x[part] += heavy_x.double().sum(0)
         self.t[part] += heavy_t.double().sum(0)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxslim.passes.fitting.moments import shared
-from fxslim.passes.fitting.observe import Rows, flat
+from fxslim.passes.fitting.observe import flat
+from fxslim.passes.fitting.processes import shared
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.steps import name_of
 from fxslim.program import Program, shape_of

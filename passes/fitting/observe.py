@@ -3,89 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxslim.calibration import Batch
 from fxslim.errors import InputError
 from fxslim.passes.fitting.consumers import Call, Consumer
-from fxslim.passes.fitting.moments import Sums, shared
+from fxslim.passes.fitting.moments import Sums
 from fxslim.passes.fitting.outputs import draw_of, loss
+from fxslim.passes.fitting.processes import shared
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.tape import Tape
-from fxslim.program import Program
-
-JUDGE = 5
-"""Every fifth sequence judges what was fitted on the others."""
-CHUNK = 64
-"""Tokens that go together where there are few sequences."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of a value count, and which of them judge.
-
-    Attributes:
-        batches: the batches.
-        second: nodes that belong to a decoder beside an encoder: its own mask counts there.
-        weights: node -> how much every row of every batch counts; one each for other nodes.
-    """
-
-    batches: Sequence[Batch]
-    second: frozenset[fx.Node]
-    weights: Mapping[fx.Node, Sequence[Tensor]] = field(default_factory=dict)
-
-    def mask(self, node: fx.Node, batch: int) -> Tensor | None:
-        """Return which tokens count in a node's value.  (B, S)"""
-        name = "decoder_attention_mask" if node in self.second else "attention_mask"
-        mask = self.batches[batch].inputs.get(name)
-        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-    def of(self, node: fx.Node, batch: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return which of ``count`` rows count, and which of those judge.  (rows,), (counting rows,) bool"""
-        mask = self.mask(node, batch)
-        counts = torch.ones(count, dtype=torch.bool, device=device)
-        sequences = _first(self.batches[batch])
-        if mask is not None and mask.numel() == count:
-            counts = mask.reshape(-1).bool().to(device)
-        places = torch.arange(count, device=device)
-        judges = self.judges(batch)
-        if judges is not None and count % sequences == 0:
-            return counts, judges.to(device)[places // (count // sequences)][counts]
-        number = places // CHUNK if count >= JUDGE * CHUNK else places
-        return counts, (number % JUDGE == JUDGE - 1)[counts]
-
-    def judges(self, batch: int) -> Tensor | None:
-        """Return which sequences of a batch judge; None where there are so few that parts of them do.  (B,) bool"""
-        starts, total = self._starts
-        if total < 2 * JUDGE or starts[batch] == starts[batch + 1]:
-            return None
-        return torch.arange(starts[batch], starts[batch + 1]) % JUDGE == JUDGE - 1
-
-    @cached_property
-    def _starts(self) -> tuple[list[int], int]:
-        """Return the number of the first sequence of every batch, and how many there are."""
-        starts = list(accumulate((_first(one) for one in self.batches), initial=0))
-        return starts, starts[-1]
-
-
-def _first(batch: Batch) -> int:
-    sizes = [value.shape[0] for value in batch.inputs.values() if isinstance(value, Tensor) and value.ndim]
-    return sizes[0] if sizes else 0
-
-
-def rows_of(program: Program, batches: Sequence[Batch]) -> Rows:
-    """Return which rows count in a program's values."""
-    second: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        own = node.op == "placeholder" and node.name in program.inputs and node.name.startswith("decoder_")
-        if own or any(read in second for read in node.all_input_nodes):
-            second.add(node)
-    return Rows(batches, frozenset(second))
 
 
 def flat(value: Tensor, axis: int) -> Tensor:
@@ -122,7 +52,7 @@ def sums(
             x, t = _pair(ahead, beside, calls, batch)
             counts, judged = rows.of(call.node, batch, len(x), x.device)
             weights = rows.weights[call.node][batch][counts] if call.node in rows.weights else None
-            total.add(x[counts], t[counts], judged, weights)
+            total.add(x[counts], t[counts], judged, weights, rows.copied(batch, len(x), x.device)[counts])
     total.share()
     if not all(bool(own.isfinite().all()) for own in (total.xx, total.xt)):
         raise InputError(f"what {consumer.weight} reads is NaN or infinite on some calibration batch; take it out.")
@@ -136,11 +66,11 @@ def _pair(tape: Tape, dense: Tape | None, calls: Sequence[Call], batch: int) -> 
     if dense is None:
         return x, x[:, :0]
     wanted = torch.cat([flat(dense.peek(one.node, batch), one.axis) for one in calls], dim=1)
-    if call.residual is not None and tape.holds(call.residual) and dense.holds(call.residual):
-        mine = flat(tape.values[batch][call.residual], call.axis)
-        theirs = flat(dense.values[batch][call.residual], call.axis)
-        if mine.shape == wanted.shape:
-            wanted = wanted + (theirs - mine)
+    if all(tape.holds(node) and dense.holds(node) for node in call.residual):
+        for node in call.residual:
+            mine, theirs = (flat(own.values[batch][node], call.axis) for own in (tape, dense))
+            if mine.shape == wanted.shape:
+                wanted = wanted + (theirs - mine)
     return x, wanted
 
 
@@ -173,7 +103,7 @@ def gradients(
     second = {name: torch.zeros(units, dtype=torch.float64) for name, (units, _) in reads.items()}
     count = torch.zeros(1, dtype=torch.float64)
     for batch, given in enumerate(rows.batches):
-        samples = max(_first(given), 1)
+        samples = max(given.rows, 1)
         masks = {name: torch.ones(samples, units, requires_grad=True) for name, (units, _) in reads.items()}
 
         def masked(node: fx.Node, value: Tensor, masks: Mapping[str, Tensor] = masks) -> Tensor:

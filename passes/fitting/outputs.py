@@ -14,6 +14,11 @@ from torch.utils import _pytree as pytree
 LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits")
 
 
+def is_distribution(name: str, value: Tensor) -> bool:
+    """Tell whether a part of an output is logits; a single one for each row is a number (a regression)."""
+    return name in LOGITS and value.shape[-1] > 1
+
+
 def divergence(dense: Any, other: Any, mask: Tensor | None, chosen: Tensor | None = None) -> tuple[float, float]:
     """Return how far an output is from the dense model's, as a sum and what to divide it by.
 
@@ -33,7 +38,7 @@ def divergence(dense: Any, other: Any, mask: Tensor | None, chosen: Tensor | Non
             first, second = first[chosen], second[chosen]
             mask = mask[chosen] if mask is not None and len(mask) == len(chosen) else mask
         rows, others = _rows(first, mask).double(), _rows(second, mask).double()
-        if name in LOGITS:
+        if is_distribution(name, first):
             own = functional.log_softmax(rows, dim=-1)
             apart = functional.kl_div(functional.log_softmax(others, dim=-1), own, log_target=True, reduction="sum")
             total, weight = total + float(apart), weight + len(rows)
@@ -45,20 +50,22 @@ def divergence(dense: Any, other: Any, mask: Tensor | None, chosen: Tensor | Non
 def loss(output: Any, mask: Tensor | None, labels: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """Return the loss of a batch, summed over samples: its mask gradients, squared, are the Fisher information.
 
-    Class labels are used where a batch holds them. Otherwise they are drawn from the model's own distribution (the
-    true Fisher, Kunstner et al. 2019), or, for outputs that are no logits, the loss is their product with noise.
+    Class labels are used where a batch holds valid ones. Others are drawn from the model's own distribution (the true
+    Fisher, Kunstner et al. 2019), or, for outputs that are no logits, the loss is their product with noise.
     """
     total = torch.zeros(())
     for name, value in main(output).items():
         rows = _rows(value, mask)
-        if name not in LOGITS:
+        if not is_distribution(name, value):
             noise = torch.randn(rows.shape, generator=generator).to(rows)
             total = total.to(rows) + (rows * noise).sum()
             continue
+        wanted = torch.multinomial(rows.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
         given = labels.get("labels", labels.get("label"))
-        drawn = torch.multinomial(rows.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        wanted = given if given is not None and given.shape == rows.shape[:-1] else drawn
-        total = total.to(rows) + functional.cross_entropy(rows, wanted.to(rows.device).long(), reduction="sum")
+        if given is not None and given.shape == wanted.shape and not given.is_floating_point():
+            known = given.cpu().long()
+            wanted = torch.where((known >= 0) & (known < rows.shape[-1]), known, wanted)
+        total = total.to(rows) + functional.cross_entropy(rows, wanted.to(rows.device), reduction="sum")
     return total
 
 
@@ -70,7 +77,7 @@ def size(output: Any, mask: Tensor | None) -> float:
     found = 0.0
     for name, value in main(output).items():
         rows = _rows(value.detach(), mask)
-        found += 2.0 * len(rows) if name in LOGITS else float(rows.double().square().sum())
+        found += 2.0 * len(rows) if is_distribution(name, rows) else float(rows.double().square().sum())
     return found
 
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import items
+from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.look import left_of, stored
 from fxslim.passes.fitting.norms import between, norms, refit_norm
-from fxslim.passes.fitting.observe import Rows, sums
+from fxslim.passes.fitting.observe import sums
 from fxslim.passes.fitting.refit import Repair, refit
 from fxslim.passes.fitting.seen import Read, Seen
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.subjects import Chosen, Subjects, fit_of, keep_of
 from fxslim.passes.fitting.swaps import swapped
 from fxslim.passes.fitting.tape import Tape
@@ -28,6 +30,7 @@ from fxslim.report import Fit
 NOTHING = Masks()
 
 
+@exact()
 def repair(
     program: Program,
     subjects: Subjects,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from fxslim.passes.fitting.consumers import Call, Consumer
-from fxslim.passes.fitting.moments import shared
-from fxslim.passes.fitting.observe import Rows, flat
+from fxslim.passes.fitting.observe import flat
 from fxslim.passes.fitting.outputs import draw_of, loss, size
+from fxslim.passes.fitting.processes import shared
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.tape import Tape
 
 FLOOR = 0.1
@@ -101,7 +102,7 @@ def _gradients(
     held = [*tape.tensors.values(), *(v for v in tape.values[batch].values() if isinstance(v, Tensor))]
     if any(tensor.is_inference() for tensor in held):
         return None
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         output = tape.finish(batch, after=after)
         mask = rows.mask(tape.nodes[-1], batch)
         total = loss(output, mask, rows.batches[batch].labels, generator)

@@ -8,11 +8,12 @@ import torch
 
 from fxslim.passes.choose import measure
 from fxslim.passes.fitting.curve import items
+from fxslim.passes.fitting.exact import exact
 from fxslim.passes.fitting.look import sizes
-from fxslim.passes.fitting.moments import shared
-from fxslim.passes.fitting.observe import Rows
 from fxslim.passes.fitting.outputs import divergence
+from fxslim.passes.fitting.processes import shared
 from fxslim.passes.fitting.seen import Seen
+from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.subjects import Subjects, choices
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.masking import Masks
@@ -32,6 +33,7 @@ def weigh_unseen(program: Program, subjects: Subjects) -> None:
             subjects.curves[name, groups] = magnitude(seen, items(site, groups=groups))
 
 
+@exact()
 def expect_unseen(
     program: Program, subjects: Subjects, rows: Rows, masking: Masking, tick: Callable[[str], None]
 ) -> list[str]:

@@ -24,6 +24,7 @@ from fxslim.passes.folding.facts import (
     SOURCES,
     VARIES,
     Fact,
+    NumberlessError,
     Result,
     Tracker,
     fact,
@@ -66,15 +67,16 @@ class Constants:
 
 def constants(program: Program, model: nn.Module) -> Constants:
     """Find what is constant; nothing where weights are on ``meta``."""
-    if any(tensor.device.type == "meta" for tensor in program.tensors.values()):
-        return Constants({})
     tracker = Tracker(program, model)
-    with torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "call_function":
-                found = _apply(tracker, node)
-                if isinstance(found, Fact) or (isinstance(found, tuple) and any(found)):
-                    tracker.facts[node] = found
+    try:
+        with torch.no_grad():
+            for node in program.graph.nodes:
+                if node.op == "call_function":
+                    found = _apply(tracker, node)
+                    if isinstance(found, Fact) or (isinstance(found, tuple) and any(found)):
+                        tracker.facts[node] = found
+    except NumberlessError:
+        return Constants({})
     return Constants(tracker.facts, tuple(tracker.reasons))
 
 

@@ -97,6 +97,10 @@ def rule(*names: str, source: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
+class NumberlessError(Exception):
+    """A tensor is on ``meta``."""
+
+
 @dataclass
 class Tracker:
     """State of one walk over a graph.
@@ -106,14 +110,12 @@ class Tracker:
         model: the model that it is of, to see what it does in training mode.
         facts: node -> what is known of it.
         reasons: why something constant was lost, by number.
-        tensors: tensors of the model, as far as nodes view them.
     """
 
     program: Program
     model: nn.Module
     facts: dict[fx.Node, Result] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
-    tensors: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
 
     @cached_property
     def dropping(self) -> frozenset[str] | None:
@@ -160,14 +162,15 @@ class Tracker:
         """Return a tensor of the model as a node views it; sizes of the inputs play no part in it."""
         if not isinstance(argument, fx.Node):
             return None
-        if argument not in self.tensors:
-            self.tensors[argument] = self._tensor(argument)
-        return self.tensors[argument]
+        return self._tensor(argument)
 
     def _tensor(self, node: fx.Node) -> torch.Tensor | None:
         name = self.program.tensor_name(node)
         if name is not None:
-            return self.program.tensors[name].detach()
+            own = self.program.tensors[name].detach()
+            if own.device.type == "meta":
+                raise NumberlessError(name)
+            return own
         done = operation(node)
         if node.op != "call_function" or done not in (*MOVES, *COPIES) or len(node.all_input_nodes) != 1:
             return None

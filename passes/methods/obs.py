@@ -60,10 +60,16 @@ def obs(seen: Seen, items: Items, *, damping: float = DAMPING, step: int | None 
 
 
 def damped(read: Read, damping: float) -> tuple[Tensor, Tensor]:
-    """Return second moments plus a ridge, and their products with the targets in the metric.  (in, in), (in, out)"""
+    """Return second moments plus a ridge, and their products with the targets in the metric.  (in, in), (in, out)
+
+    Inputs that are always zero get weights of zero: they cost nothing, and go first.
+    """
     moments = read.moments
     ridge = damping * scale(moments)
-    return raised(moments.xx, ridge), read.measured(moments.xt + ridge * read.weight)
+    inner, pull = raised(moments.xx, ridge), read.measured(moments.xt + ridge * read.weight)
+    dead = moments.xx.diagonal() + moments.x.square() == 0
+    inner.diagonal()[dead], pull[dead] = 1.0, 0.0
+    return inner, pull
 
 
 @dataclass

@@ -271,6 +271,12 @@ CASES: dict[str, Callable[[nn.Module, Any], object]] = {
     "an optimizer that cannot be seen": lambda model, optimizer: prepare_pruning(
         model, WeightPruningConfig(end_step=4), types.SimpleNamespace(param_groups=[], state={})
     ),
+    "an optimizer that cannot be seen, beside data": lambda model, optimizer: prepare_pruning(
+        model,
+        WeightPruningConfig(pruning_type="wanda", pattern="1x1", target_sparsity=0.5),
+        types.SimpleNamespace(param_groups=[], state={}),
+        [{"input_ids": torch.arange(14).reshape(2, 7)}],
+    ),
     "no optimizer at all": lambda model, optimizer: prepare_pruning(model, WeightPruningConfig(end_step=4), model),
     "limits": lambda model, optimizer: prepare_pruning(
         model, WeightPruningConfig([{"pattern": "mha"}, {"target_sparsity": 0.97, "pattern": "16x1",

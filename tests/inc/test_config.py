@@ -132,6 +132,7 @@ def test_one_configs_exclusions_do_not_leak_into_later_ones() -> None:
         ({"low_memory_usage": 1, "end_step": 5}, "True or False"),
         ({"pruning_type": "pattern_lock", "pattern": "mha"}, "pattern_lock' has no meaning"),
         ({"criterion_reduce_type": "max", "pattern": "mha"}, "criterion_reduce_type has no meaning"),
+        ({"criterion_reduce_type": "max", "pruning_type": "pattern_lock"}, "criterion_reduce_type has no meaning"),
         ({"criterion_reduce_type": "sum", "pruning_type": "block_mask"}, "criterion_reduce_type has no meaning"),
         ({"reg_type": "group_lasso", "reg_coeff": 0.1, "pattern": "mha"}, "group_lasso' has no meaning"),
         ({"reg_type": "group_lasso", "reg_coeff": 0.1, "pruning_type": "wanda"}, "group_lasso' has no meaning"),

@@ -61,6 +61,21 @@ def test_a_trainer_prunes_and_judges(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert layer.attention.self.query.weight.shape == (8, 16)
 
 
+def test_the_best_model_is_one_that_has_reached_the_target(tmp_path: Path) -> None:
+    """With a metric that is best at the start: an early model under the last masks has recovered from nothing."""
+    model = build()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, save_steps=2, eval_steps=2, eval_strategy="steps", report_to=[],
+        disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, load_best_model_at_end=True,
+        metric_for_best_model="early", greater_is_better=True,
+    )  # fmt: skip
+    trainer = NLPTrainer(model=model, args=arguments, train_dataset=data(32), eval_dataset=data(8))  # type: ignore[arg-type]
+    trainer.compute_metrics = lambda _: {"early": 100.0 - trainer.state.global_step}
+    trainer.prune(WeightPruningConfig([{"op_names": ["query"], "pattern": "1x1"}], target_sparsity=0.5, end_step=5))
+    assert trainer.state.best_global_step == 6
+    assert (model.bert.encoder.layer[0].attention.self.query.weight == 0).float().mean() == 0.5
+
+
 class Stops(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:

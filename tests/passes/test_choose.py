@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import InputError, RequestError
-from fxslim.passes.choose import Choice, Request, choose, select
+from fxslim.passes.choose import Choice, Request, choose, part_of, select
 from fxslim.plan import Site, Slice, blocks_of
 
 
@@ -222,3 +222,20 @@ def test_requests_say_what_was_asked() -> None:
     assert Request(ffn=0.5, round_to=8, skip=("a",)).asked() == {"ffn": 0.5, "skip": ("a",), "round_to": 8}
     assert Request().lossless
     assert not Request(heads=0.1).lossless
+
+
+@pytest.mark.parametrize(
+    ("fraction", "count", "expected"),
+    [
+        (0.7, 10, 7),
+        (0.29, 100, 29),
+        (0.29, 10**8, 29 * 10**6),
+        (0.999, 1000, 999),
+        (1 / 3, 3, 1),
+        (1 / 3, 3 * 10**7, 10**7),
+        (0.5, 7, 3),
+        (0.0, 5, 0),
+    ],
+)
+def test_fractions_are_rounded_down_and_not_further(fraction: float, count: int, expected: int) -> None:
+    assert part_of(fraction, count) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxslim.errors import RequestError
+from fxslim.passes.fitting import latency
 from fxslim.passes.fitting.budget import Level, allocate
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.curve import Items, by_scores
@@ -22,6 +24,7 @@ from fxslim.passes.fitting.seen import Read, Seen
 from fxslim.passes.fitting.swaps import swapped
 from fxslim.passes.methods import METHODS
 from fxslim.passes.methods.obs import obs
+from fxslim.timer import Estimate
 
 UNITS, OUT, ROWS = 8, 5, 400
 
@@ -297,3 +300,62 @@ def test_swaps_never_lose(width: int, classes: int) -> None:
     if classes == 1:
         assert error(found) < error(start)  # it started from the worst there is
         assert swapped(seen, items, found, damping=damping) == found
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_inputs_that_are_always_zero_go_first(centred: bool) -> None:
+    x, weight, _ = data(1)
+    x[:, [2, 5]], weight[[2, 5]] = 0.0, 1e6 * weight[[2, 5]]
+    curve = obs(seen_of(x, weight, x @ weight, 1, centred=centred), free(1), step=1)
+    assert {unit for step in curve.steps[:2] for unit in step} == {2, 5}
+    np.testing.assert_allclose(curve.damage[:3], 0.0, atol=1e-12)
+    assert curve.damage[3] > 1e-6
+
+
+def test_a_budget_that_is_just_met_takes_nothing() -> None:
+    levels = [[Level(False, n, float(n), np.array([-10.0 * n])) for n in range(4)] for _ in range(3)]
+    assert allocate(levels, [0.0]) == [0, 0, 0]
+
+
+def test_copies_do_not_count_as_rows() -> None:
+    x, _, t = data(1)
+    judged, copied = torch.arange(ROWS) % 5 == 4, torch.arange(ROWS) >= 100
+    total = Sums(x.shape[1], t.shape[1], x.device)
+    total.add(x, t, judged, copied=copied)
+    assert [total.moments(part, centred=True).count for part in (0, 1)] == [80, 20]
+    torch.testing.assert_close(total.moments(centred=True).xx, moments(x, t).xx)
+
+
+CACHED = {"ffn 0 1": 0.9, "ffn 0 2": 0.8}
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"ffn 0 1": 0.9}', '{"ffn 0 1": 0.9, "ffn 0 2": NaN}', "[1]", "{", "[" * 100000]
+)
+def test_a_table_of_times_that_is_not_whole_is_measured_again(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text, encoding="utf-8")
+    assert latency._read(path, CACHED) is None
+    latency._write(path, CACHED)
+    assert latency._read(path, CACHED) == CACHED
+
+
+def test_tables_of_times_are_of_these_sites(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What one of two sites saves is half of what both do; one site alone is measured by itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = torch.nn.Linear(2, 2)
+    timed: list[int] = []
+
+    def ratios(self: latency.Latency, models: Any, *_: Any, **__: Any) -> dict[str, Estimate]:
+        timed.append(len(models))
+        return {name: Estimate(0.6, 0.6, 0.6) for name in models}
+
+    monkeypatch.setattr(latency.Latency, "_ratios", ratios)
+    made = latency.Latency(model, lambda parts: model, lambda parts: model, {"input": torch.ones(1, 2)}, "key")
+    saved = []
+    for sites in (("a", "b"), ("a",), ("a",)):
+        shape = latency.Shape("ffn", False, 4, sites)
+        ((_, own),) = made.table([shape], lambda shape, steps: ()).values()
+        saved.append(own[-1])
+    assert saved == pytest.approx([0.2, 0.4, 0.4])
+    assert timed == [4, 4]

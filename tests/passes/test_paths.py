@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxslim.passes.paths import Path, evaluating, generates, paths, tensors_of
+from fxslim.passes.paths import Path, generates, paths, tensors_of
+from fxslim.sharing import evaluating
 
 from architectures import ARCHITECTURES
 from stacks import Feed, Stack

@@ -15,9 +15,10 @@ from fxslim.calibration import calibration
 from fxslim.errors import InputError
 from fxslim.passes import pipelines
 from fxslim.passes.fitting.norms import norms, refit_norm
-from fxslim.passes.fitting.observe import gradients, rows_of
+from fxslim.passes.fitting.observe import gradients
 from fxslim.passes.fitting.outputs import divergence, draw_of
 from fxslim.passes.fitting.sensitivity import sensitivity
+from fxslim.passes.fitting.sequences import rows_of
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.sites import Sites
@@ -84,7 +85,7 @@ def test_the_residual_stream_is_seen_unless_a_norm_stands_between(name: str, joi
     assert not notes
     calls = [call for own in subjects.reads.values() for one in own for call in one.calls]
     assert calls
-    assert {call.residual is not None for call in calls} == {joined}
+    assert {bool(call.residual) for call in calls} == {joined}
 
 
 def test_a_shared_layer_is_one_consumer_with_several_calls() -> None:

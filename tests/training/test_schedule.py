@@ -52,7 +52,7 @@ def test_steps() -> None:
     assert [step for step in range(101) if line.due(step)] == [10, 35, 60, 70]
     assert [line.time(step) for step in (0, 10, 40, 70, 99)] == [0, 0, 0.5, 1, 1]
     assert timeline(3, 3, 5, None) == Timeline(3, 3, 5)
-    assert timeline(3, 3, 5, None).time(3) == 1
+    assert [timeline(3, 3, 5, None).time(step) for step in (0, 2, 3, 4)] == [0, 0, 1, 1]
     assert [step for step in range(9) if timeline(0, 0, 1, 5).due(step)] == [1]
     assert timeline(0.0, 1.0, 1, 7) == Timeline(0, 7, 1)
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import fxslim
 from fxslim.errors import InputError
-from fxslim.training.distill import loss_from
+from fxslim.training.distill import Teaching, loss_from
 
 from agreement import difference, outputs
 
@@ -126,8 +126,11 @@ def test_masks_elsewhere_are_named_or_missed(tmp_path: Path) -> None:
     config = fxslim.PruningConfig(**CONFIG)
     trainer_of(tmp_path / "a", fxslim.PruningCallback(config)).train()
     old = str(tmp_path / "a" / "checkpoint-8")
+    lost = trainer_of(tmp_path / "b", fxslim.PruningCallback(config))
     with pytest.raises(InputError, match="resume_from="):
-        trainer_of(tmp_path / "b", fxslim.PruningCallback(config)).train(resume_from_checkpoint=old)
+        lost.train(resume_from_checkpoint=old)
+    model: Any = lost.model
+    assert not any(module._forward_pre_hooks for module in model.modules())
     found = fxslim.PruningCallback(config, resume_from=old)
     trainer_of(tmp_path / "b", found).train(resume_from_checkpoint=old)
     other = fxslim.PruningCallback(fxslim.PruningConfig(**{**CONFIG, "ffn": 0.5}), resume_from=old)
@@ -288,27 +291,38 @@ def test_regression_and_several_labels_are_compared_as_such() -> None:
         loss_from({"loss": mine, "hidden": mine}, {}, {}, asked)
 
 
-def test_accumulated_batches_weigh_what_they_hold() -> None:
-    """Where the loss is a sum over the items of all accumulated batches, so is what the teacher adds."""
-    model = build()
-    pruner = fxslim.Pruner(model, fxslim.PruningConfig(ffn=0.5, start=5, end=6, distill=True))
-    seen = []
-    teacher = pruner.teaching
-    assert teacher is not None
+class Summing(BertForSequenceClassification):
+    """Whose loss is the sum over its batch, divided by the number of items of all accumulated batches."""
+
+    def forward(self, input_ids: Tensor, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(input_ids, **kwargs)
+        if labels is not None:
+            summed = nn.functional.cross_entropy(output.logits, labels, reduction="sum")
+            output["loss"] = summed / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        return output
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_accumulated_batches_weigh_as_the_model_weighs_them(sums: bool) -> None:
+    """The teacher's part is scaled as the model's loss is; BERT takes the number of items, and returns the mean."""
+    own = Summing if sums else BertForSequenceClassification
+    model, teacher = (own(build().config) for _ in range(2))
     with torch.no_grad():
-        teacher.teacher.classifier.bias += torch.tensor([1.0, -1.0])  # type: ignore[operator, union-attr]
+        teacher.classifier.bias += torch.tensor([1.0, -1.0])
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     batch = {name: torch.stack([row[name] for row in data(4)]) for name in ("input_ids", "labels")}
-    model.train()
-    for items in (None, torch.tensor(4), torch.tensor(16)):
-        given = {} if items is None else {"num_items_in_batch": items}
-        output = model(**batch, **given)
-        task = nn.functional.cross_entropy(output.logits, batch["labels"])
-        seen.append((output.loss - task).item())
-    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
-    assert seen[2] == pytest.approx(seen[0] / 4, rel=1e-4)
+    teaching = Teaching(model.train(), fxslim.Distillation(), teacher.eval())
+    given = [{}, {"num_items_in_batch": torch.tensor(4)}, {"num_items_in_batch": torch.tensor(16)}]
+    taught = [model(**batch, **items).loss.item() for items in given]
+    teaching.release()
+    task = [model(**batch, **items).loss.item() for items in given]
+    learnt = [one - other for one, other in zip(taught, task, strict=True)]
+    assert learnt[0] > 1e-3
+    assert task[2] == pytest.approx(task[0] / (4 if sums else 1), rel=1e-5)
+    assert learnt[1] == pytest.approx(learnt[0], rel=1e-4)
+    assert learnt[2] == pytest.approx(learnt[0] / (4 if sums else 1), rel=1e-3)
 
 
 def test_what_distillation_cannot_do_is_said(tmp_path: Path) -> None:
@@ -320,6 +334,38 @@ def test_what_distillation_cannot_do_is_said(tmp_path: Path) -> None:
     model = build()
     with fxslim.Pruner(model, config, steps=10), pytest.raises(InputError, match="give it labels"):
         model.train()(input_ids=torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_a_teacher_is_another_model(tmp_path: Path) -> None:
+    """The model itself would be its own teacher, and be frozen; nothing is left on a model that was refused."""
+    config = fxslim.PruningConfig(**CONFIG, distill=True)
+    for wrong, says in ((None, "shares weights"), ("dense", "not str"), (build, "not function")):
+        model = build()
+        teacher: Any = model if wrong is None else wrong
+        with pytest.raises(InputError, match=says):
+            fxslim.Pruner(model, config, steps=10, teacher=teacher)
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_every_model_has_a_teacher_of_its_own(tmp_path: Path) -> None:
+    """One callback for several trainings, as in a cross-validation."""
+    callback = fxslim.PruningCallback(fxslim.PruningConfig(**CONFIG, distill=True))
+    model, other = build(), build()
+    with torch.no_grad():
+        other.classifier.bias += 1
+    trainer_of(tmp_path, callback, model=model)
+    first = callback.teacher
+    with torch.no_grad():
+        model.classifier.bias += 2
+    trainer_of(tmp_path, callback, model=model)
+    assert callback.teacher is first  # of the model as it was, before it was trained
+    trainer_of(tmp_path, callback, model=other)
+    assert torch.equal(callback.teacher.classifier.bias, other.classifier.bias)  # type: ignore[arg-type, union-attr]
+    given = fxslim.PruningCallback(callback.config, teacher=model)
+    for own in (other, build()):
+        trainer_of(tmp_path, given, model=own)
+        assert given.teacher is model
 
 
 def test_another_teacher_is_noticed(tmp_path: Path) -> None:

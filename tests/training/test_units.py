@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -175,6 +178,83 @@ def test_masked_units_learn_nothing_and_leave_no_trace() -> None:
     assert optimizer.state[model.up.weight]["exp_avg"][gone].count_nonzero() == 0
     assert optimizer.state[model.up.bias]["exp_avg_sq"][gone].count_nonzero() == 0
     assert optimizer.state[model.up.weight]["exp_avg"][~gone].count_nonzero() > 0
+
+
+def curved(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Step an optimizer that may ask for the loss several times."""
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        own = loss_of(model, batch(step))
+        own.backward()
+        return own
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda own: torch.optim.AdamW(own, lr=0.05),
+    "SGD": lambda own: torch.optim.SGD(own, lr=0.1, momentum=0.9, nesterov=True),
+    "Adafactor": lambda own: torch.optim.Adafactor(own, lr=0.05),
+    "LBFGS": lambda own: torch.optim.LBFGS(own, lr=0.1, max_iter=3),
+}
+
+
+def test_zeros_stay_whatever_the_optimizer_remembers() -> None:
+    """Also where the pruner does not know it, and where its memory is one vector over all parameters."""
+    model = model_of()
+    found, dense = fxslim.inspect(model, batch(0)), copy.deepcopy(model.state_dict())
+    config = fxslim.PruningConfig(ffn=0.5, heads=0.4, score="l1", start=2, end=2)
+    for (name, make), known in itertools.product(OPTIMIZERS.items(), (False, True)):
+        model.load_state_dict(dense)
+        optimizer = make(list(model.parameters()))
+        pruner = fxslim.Pruner(model, config, found=found, optimizer=optimizer if known else None)
+        for step in range(5):
+            curved(model, optimizer, step)
+            pruner.before_step()
+            pruner.after_step()
+            for asked, weight, width in (("ffn", model.down.weight, 1), ("heads", model.o.weight, 2)):
+                gone = np.flatnonzero(np.repeat(site(pruner, asked).gone, width))
+                assert bool(len(gone)) == (step > 0)
+                assert weight[:, gone].count_nonzero() == 0, (name, known)
+            copied = copy.deepcopy(model)  # without masks: the zeros are what counts
+            assert torch.equal(copied(batch(9)), model(batch(9)))
+        pruner.release()
+
+
+def test_memory_in_a_form_of_its_own_is_left_alone() -> None:
+    """In the codes of an 8-bit optimizer, 0 stands for the lowest value there is."""
+    model = model_of()
+    weight = model.down.weight
+    codes = torch.full(weight.shape, 127, dtype=torch.uint8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[weight] = {"state1": codes, "absmax1": torch.ones(1), "exp_avg": torch.ones_like(weight)}
+    pruner = pruner_of(model, start=1, end=1, score="l1")
+    pruner.optimizer = optimizer
+    pruner.after_step()
+    assert (codes == 127).all()
+    gone = site(pruner, "ffn").gone
+    assert (optimizer.state[weight]["exp_avg"] == 0).all(0).tolist() == gone.tolist()
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_a_choice_without_gradients_is_refused(clears: bool) -> None:
+    """Calls in the wrong order would mask the first units that come."""
+    model = model_of()
+    pruner = pruner_of(model, start=2, end=2, weights=fxslim.WeightMasks(fraction=0.5))
+    names = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(2):
+        loss_of(model, batch(step)).backward()
+        if clears:
+            model.zero_grad()
+            pruner.before_step()
+        with pytest.raises(InputError, match="none has been seen") if step else nullcontext():
+            pruner.after_step()
+    with pytest.raises(InputError, match="none has been seen"), pytest.warns(UserWarning, match="ended after"):
+        pruner_of(model).finish()
+    assert all(torch.equal(value, names[name]) for name, value in model.state_dict().items())
+    pruner.release()
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_masks_grow_to_the_exact_count_and_narrow_without_loss() -> None:

@@ -335,6 +335,17 @@ def test_tied_weights_are_left_alone() -> None:
     assert "that of words as well" in pruner.notes[0].reason
 
 
+def test_locked_zeros_need_no_schedule_and_are_never_late(recwarn: pytest.WarningsRecorder) -> None:
+    model = net()
+    with torch.no_grad():
+        model.up.weight[:, 1] = 0
+    pruner = fxslim.Pruner(model, fxslim.PruningConfig(weights=fxslim.WeightMasks(lock=True)))
+    assert pruner.settled
+    pruner.finish()
+    assert not recwarn.list
+    assert (model.up.weight == 0).sum() == 16
+
+
 # Group lasso ---------------------------------------------------------------------------------------------------------
 
 

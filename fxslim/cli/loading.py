@@ -1,0 +1,16 @@
+"""Load a model from disk, whether it is narrowed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fxslim import hf
+from fxslim.cli.options import Dtype
+
+
+def load(name: str, dtype: Dtype) -> Any:
+    """Return the model in a folder or under a hub name, ready to infer."""
+    if not (Path(name) / hf.PLAN_FILE).exists():
+        return hf.load_dense(name, dtype=dtype.value)
+    return hf.from_pretrained(name, dtype=dtype.value)
