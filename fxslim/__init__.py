@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fxslim.draw.page import save_report as save_report
     from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
-    from fxslim.harness import benchmark
     from fxslim.export import export
+    from fxslim.harness import benchmark
     from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup

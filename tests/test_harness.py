@@ -134,7 +134,7 @@ def test_reading_and_writing_are_told_apart() -> None:
         fxslim.benchmark({"dense": nn.Linear(2, 2)}, torch.ones(2, 2), generate=3, **QUICK)
 
 
-def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any) -> None:
+def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any, tmp_path: Path) -> None:
     found = fxslim.benchmark({"dense": bert, "slim": slim}, batches=[1], lengths=[4], **QUICK)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["sizes"]["slim"]["parameters"] == found.sizes["slim"].parameters
@@ -143,9 +143,13 @@ def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any) -> None:
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()
         if line.startswith("| eager")
-    ]
+    ]  # the table of points
     assert [row[3] for row in rows] == ["dense", "slim"]
     assert [row[8] for row in rows] == [f"{found.points[0].macs[name]:,}" for name in ("dense", "slim")]
+    for ending, start in ((".json", b"{"), (".md", b"| model"), (".html", b"<!doctype"), (".svg", b"<?xml")):
+        assert found.save(tmp_path / f"b{ending}").read_bytes().startswith(start)
+    with pytest.raises(InputError, match="is saved as"):
+        found.save(tmp_path / "b.xlsx")
     assert "times faster" in str(found)
     assert "time was up" in str(found)  # in a twentieth of a second
 

@@ -24,10 +24,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Living() as seen:  # type: ignore[no-untyped-call]
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    living = _Living()
+    with living:
         call()
-    return seen.peak
+    return living.peak
 
 
 class _Living(TorchDispatchMode):
@@ -59,4 +60,4 @@ class _Living(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

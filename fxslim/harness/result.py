@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from fxslim.text import table
+from fxslim.errors import InputError
+from fxslim.folder import write_files
+from fxslim.tables import Shown, Table
 from fxslim.timer import Estimate, Timing
 
 MEGABYTE = 1e6
+PLOTS = (".png", ".svg", ".pdf")
+POINT = ("variant", "batch#", "length#", "model", "ms#", "interval#", "times faster#", "interval#", "MACs#", "peak MB#")
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Shown):
     """Models against one another, interleaved in one process.
 
     Attributes:
@@ -105,7 +113,8 @@ class Benchmark:
             ],
             "generation": [
                 {"batch": g.batch, "prompt": g.prompt, "tokens": g.tokens,
-                 **{what: {name: asdict(rate) for name, rate in getattr(g, what).items()} for what in ("prefill", "decode")},
+                 "prefill": {name: rate.to_json() for name, rate in g.prefill.items()},
+                 "decode": {name: rate.to_json() for name, rate in g.decode.items()},
                  "converged": g.timing.converged, "rounds": g.timing.rounds}
                 for g in self.generation
             ],
@@ -114,15 +123,24 @@ class Benchmark:
 
     def to_markdown(self) -> str:
         """Return the tables as Markdown."""
-        parts = []
-        for columns, rows in self._tables():
-            names = [column.removesuffix("#") for column in columns]
-            rule = ["---:" if column.endswith("#") else "---" for column in columns]
-            parts.append("\n".join("| " + " | ".join(map(str, row)) + " |" for row in (names, rule, *rows)))
-        return "\n\n".join([*parts, *(f"* {line}" for line in self._remarks())]) + "\n"
+        blocks = [part.markdown() if isinstance(part, Table) else f"* {part}" for part in self.parts()]
+        return "\n\n".join(blocks) + "\n"
 
-    def __str__(self) -> str:
-        return "\n".join([*(table(columns, rows) for columns, rows in self._tables()), *self._remarks()])
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write it as the name's ending says: ``.json``, ``.md``, ``.html``, or a plot: ``.png``, ``.svg``, ``.pdf``.
+
+        Raises:
+            InputError: the ending is none of these.
+        """
+        file = Path(path)
+        check_ending(file)
+        if file.suffix in TEXTS:
+            write_files({file: TEXTS[file.suffix](self)})
+        else:
+            out = io.BytesIO()
+            self.plot().savefig(out, format=file.suffix[1:], dpi=150)
+            write_files({file: out.getvalue()})
+        return file
 
     def plot(self) -> Any:
         """Return a figure (matplotlib): how many times faster than the baseline, point by point."""
@@ -142,39 +160,51 @@ class Benchmark:
         axes.legend(frameon=False)
         return figure
 
-    def _tables(self) -> Iterator[tuple[Sequence[str], list[tuple[str, ...]]]]:
-        rows = [(name, self.dtype[name], f"{size.parameters:,}", f"{size.bytes / MEGABYTE:,.1f}")
-                for name, size in self.sizes.items()]  # fmt: skip
-        yield ("model", "dtype", "parameters#", "MB#"), rows
-        yield (
-            ("variant", "batch#", "length#", "model", "ms#", "95 % interval#", "times faster#", "95 % interval#", "MACs#", "peak MB#"),
-            [row for point in self.points for row in _rows(point)],
-        )  # fmt: skip
-        if self.generation:
+    def parts(self) -> list[Table | str]:
+        """Return its tables, and how it was measured."""
+        sizes = [(name, self.dtype[name], size.parameters, f"{size.bytes / MEGABYTE:,.1f}")
+                 for name, size in self.sizes.items()]  # fmt: skip
+        tables = [Table(("model", "dtype", "parameters#", "MB#"), sizes)]
+        tables.append(Table(POINT, [row for point in self.points for row in _rows(point)]))
+        written = [(name, g.batch, g.prompt, g.tokens, _interval(g.prefill[name]), _interval(g.decode[name]))
+                   for g in self.generation for name in g.prefill]  # fmt: skip
+        if written:
             heads = ("model", "batch#", "prompt#", "new#", "prefill tokens/s#", "decode tokens/s#")
-            yield heads, [
-                (name, str(g.batch), str(g.prompt), str(g.tokens), _interval(g.prefill[name]), _interval(g.decode[name]))
-                for g in self.generation for name in g.prefill
-            ]  # fmt: skip
+            tables.append(Table(heads, written))
+        return [*tables, *self._remarks()]
 
     def _remarks(self) -> list[str]:
         first = self.points[0].timing
-        said = [f"{first.device}, {first.threads} threads, torch {first.torch_version}; interleaved, medians"]
+        how = f"interleaved, medians, {first.confidence:.0%} intervals"
+        said = [f"{first.device}, {first.threads} threads, torch {first.torch_version}; {how}"]
         slow = [_where(point) for point in self.points if not point.timing.converged]
         if slow:
             said.append(f"time was up before ratios were known to {first.target_ci:.1%}: {', '.join(slow)}")
         return [*said, *(f"not compared: {note}" for note in self.notes)]
 
 
-def _rows(point: Point) -> list[tuple[str, ...]]:
+TEXTS: Mapping[str, Callable[[Benchmark], str]] = {
+    ".json": lambda found: json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n",
+    ".md": Benchmark.to_markdown,
+    ".html": lambda found: f"<!doctype html><meta charset='utf-8'><title>fxslim</title>\n{found._repr_html_()}\n",
+}
+
+
+def check_ending(path: Path) -> None:
+    """Raise InputError unless a benchmark can be saved under such a name."""
+    if path.suffix not in (*TEXTS, *PLOTS):
+        raise InputError(f"{path}: a benchmark is saved as {', '.join((*TEXTS, *PLOTS))}.")
+
+
+def _rows(point: Point) -> list[tuple[Any, ...]]:
     rows = []
     for sample in point.timing.samples:
         time = [1e3 * seconds for seconds in (sample.time.value, sample.time.low, sample.time.high)]
         speed = sample.speedup
         rows.append((
-            point.variant, str(point.batch), "" if point.length is None else str(point.length), sample.name,
+            point.variant, point.batch, "" if point.length is None else point.length, sample.name,
             f"{time[0]:.3g}", f"{time[1]:.3g} .. {time[2]:.3g}", f"{speed.value:.3f}",
-            f"{speed.low:.3f} .. {speed.high:.3f}", f"{point.macs[sample.name]:,}",
+            f"{speed.low:.3f} .. {speed.high:.3f}", point.macs[sample.name],
             f"{point.peak[sample.name] / MEGABYTE:,.1f}",
         ))  # fmt: skip
     return rows

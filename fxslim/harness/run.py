@@ -40,9 +40,9 @@ def benchmark(
     asked, or time is up, which the result says. See `fxslim.timer` for how, and `fxslim.count` for what is counted.
 
     Args:
-        models: by name: dense ones, what `fxslim.slim` and `fxslim.compile` return, or others that take the same inputs.
-            They are run in eval mode, and left as they are.
-        inputs: as in `fxslim.inspect`; not needed for models of transformers.
+        models: by name: dense ones, what `fxslim.slim` and `fxslim.compile` return, or others that take the same
+            inputs. They are run in eval mode, and left as they are.
+        inputs: as in `fxslim.inspect`; not needed where one of them is a model of transformers.
         baseline: name of the model that ratios refer to; the first by default.
         batches: sizes of the first axis; that of the inputs by default.
         lengths: tokens in a row; those of the inputs by default.
@@ -64,18 +64,13 @@ def benchmark(
         raise InputError(f"baseline={first!r} is not among the models: {', '.join(models)}.")
     if isinstance(generate, bool) or generate < 0:
         raise InputError(f"generate={generate!r}: give a number of new tokens, or 0.")
-    given = bind(models[first], inputs)[0]
+    given = _bound(models, inputs)
     device = next((p.device for p in models[first].parameters()), torch.device("cpu"))
     kinds = (variants,) if isinstance(variants, str) else tuple(variants)
     check_variants(kinds, device)
     grid = [*product(_sizes("batches", batches), _sizes("lengths", lengths))]
-    asked = {
-        "baseline": first,
-        "target_ci": target_ci,
-        "max_seconds": max_seconds,
-        "device": device,
-        "progress": progress,
-    }
+    asked = {"baseline": first, "target_ci": target_ci, "max_seconds": max_seconds, "device": device,
+             "progress": progress}  # fmt: skip
     modes = {name: model.training for name, model in models.items()}
     try:
         for model in models.values():
@@ -88,8 +83,20 @@ def benchmark(
         for name, model in models.items():
             if model.training != modes[name]:
                 model.train(modes[name])
-    return Benchmark(first, {name: _dtype(m) for name, m in models.items()}, {name: _size(m) for name, m in models.items()},
-                     tuple(points), tuple(written), notes)  # fmt: skip
+    dtypes = {name: _dtype(model) for name, model in models.items()}
+    sizes = {name: Size(count.parameters(model), count.weight_bytes(model)) for name, model in models.items()}
+    return Benchmark(first, dtypes, sizes, tuple(points), tuple(written), notes)
+
+
+def _bound(models: Mapping[str, nn.Module], inputs: Any) -> Mapping[str, Any]:
+    """Return keyword inputs; without an example, those of the first model that says what it takes."""
+    refused: list[InputError] = []
+    for model in models.values():
+        try:
+            return bind(model, inputs)[0]
+        except InputError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def _points(
@@ -126,7 +133,3 @@ def _sizes(name: str, given: Iterable[int]) -> tuple[int | None, ...]:
 def _dtype(model: nn.Module) -> str:
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     return ", ".join(sorted(kinds)) or "-"
-
-
-def _size(model: nn.Module) -> Size:
-    return Size(count.parameters(model), count.weight_bytes(model))

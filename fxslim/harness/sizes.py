@@ -35,7 +35,7 @@ def resized(inputs: Mapping[str, Any], *, batch: int | None = None, length: int 
             return leaf
         if batch is not None and leaf.shape[0] == rows:
             leaf = leaf.index_select(0, torch.arange(batch, device=leaf.device) % rows)
-        if length is not None and leaf.ndim > 1 and leaf.shape[1] == tokens:
+        if length is not None and tokens is not None and leaf.ndim > 1 and leaf.shape[1] == tokens:
             leaf = leaf.index_select(1, torch.arange(length, device=leaf.device) % tokens)
         return leaf
 
