@@ -81,7 +81,7 @@ class Environment:
 def write_result(
     name: str, *, payload: Mapping[str, Any], markdown: str, figure: Figure | None = None, folder: Path = RESULTS
 ) -> tuple[Path, Path]:
-    """Write ``name.json`` (payload, date, environment), ``name.md`` (text, date, environment) and ``name.png`` (a plot).
+    """Write ``name.json`` and ``name.md`` (payload or text, date, environment), and a plot as ``name.png``.
 
     A reader sees the old file or the new one, never half of one, and nothing is written if the payload is not plain
     data. Returns the first two paths.
