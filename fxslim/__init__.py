@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fxslim.errors import FxslimError
     from fxslim.export import export
     from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
+    from fxslim.optimize import optimize
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
     from fxslim.training.callback import PruningCallback
@@ -42,6 +43,7 @@ _HOMES = MappingProxyType(
         "save_report": "fxslim.draw.page",
         "FxslimError": "fxslim.errors",
         "export": "fxslim.export",
+        "optimize": "fxslim.optimize",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
         **dict.fromkeys(("Distillation", "PruningConfig", "WeightMasks"), "fxslim.training.config"),
@@ -76,6 +78,7 @@ __all__ = [
     "macs",
     "masked",
     "memory",
+    "optimize",
     "params",
     "plan",
     "plan_checkpoint",
