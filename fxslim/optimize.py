@@ -80,7 +80,15 @@ def _ways(graph: CompiledModule) -> tuple[Path, ...]:
     for vary in varied(program):
         sizes = [(vary.batch, 1)] + ([(vary.one, 2)] if vary.one is not None else [])
         made = [
-            fresh(program, seed=seed, batch=batch, length=vary.length, integers=vary.integers, at=vary.at, whole=vary.whole)
+            fresh(
+                program,
+                seed=seed,
+                batch=batch,
+                length=vary.length,
+                integers=vary.integers,
+                at=vary.at,
+                whole=vary.whole,
+            )
             for batch, seed in sizes
         ]
         ways = [Path(f"other inputs {seed}", _placed(own, graph)) for (_, seed), own in zip(sizes, made, strict=True)]

@@ -100,8 +100,4 @@ def _fits(node: fx.Node, value: torch.Tensor, values: Mapping[fx.Node, Any]) -> 
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.untypedstorage().nbytes()
-
-
-def storage(tensor: torch.Tensor) -> int:
-    return tensor.untypedstorage()._cdata
+    return tensor.untyped_storage().nbytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,10 +45,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class FuseLinears:
-    """Join linears of one operand, and split what they return.
+    """Join linears of one operand that stand next to each other, and split what they return.
 
-    Requires: no operation writes into its operands. Ensures: tensors that anything else reads as well, under whatever
-    name, stay as they are; views of the pieces copy where they have to.
+    Those further on, such as keys and values of a decoder's next layers, stay apart: all of them would be in memory at
+    once. Requires: no operation writes into its operands. Ensures: tensors that anything else reads as well, under
+    whatever name, stay as they are; views of the pieces copy where they have to.
     """
 
     requires: ClassVar[tuple[type, ...]] = (Draft,)
@@ -59,16 +61,14 @@ class FuseLinears:
         if any(node.target in LAYOUT for node in draft.graph.nodes):
             return facts
         tensors = dict(draft.tensors)
-        groups: dict[Any, list[Linear]] = {}
+        groups: list[tuple[Any, list[Linear]]] = []
         reads = Counter(storage(tensors[node.target]) for node in draft.graph.find_nodes(op="get_attr"))
-        for node in draft.graph.nodes:
-            linear = linear_of(node)
-            if linear is None or not all(len(n.users) == 1 == reads[storage(tensors[n.target])] for n in linear.stored):
-                continue
-            kinds = tuple((own.ndim, own.dtype, own.device) for own in (tensors[n.target] for n in linear.stored))
-            if [kind[0] for kind in kinds] in ([2], [2, 1]):
-                groups.setdefault((node.target, linear.operand, kinds), []).append(linear)
-        joined = [group for group in groups.values() if len(group) > 1]
+        for linear in filter(None, map(linear_of, draft.graph.nodes)):
+            key = _key(linear, tensors, reads)
+            if key is None or not groups or groups[-1][0] != key:
+                groups.append((key, []))
+            groups[-1][1].append(linear)
+        joined = [group for _, group in groups if len(group) > 1]
         for group in joined:
             _join(draft.graph, group, tensors)
         if joined:
@@ -90,6 +90,15 @@ def linear_of(node: fx.Node) -> Linear | None:
         return None
     stored = _is_stored(weight) and (bias is None or _is_stored(bias))
     return Linear(node, operand, weight, bias, axis) if stored else None
+
+
+def _key(linear: Linear, tensors: Mapping[str, torch.Tensor], reads: Counter[int]) -> Any:
+    """Return what linears have in common that can be joined; None for one that cannot be."""
+    stored = [tensors[str(node.target)] for node in linear.stored]
+    alone = all(len(node.users) == 1 for node in linear.stored) and all(reads[storage(own)] == 1 for own in stored)
+    if not alone or [own.ndim for own in stored] not in ([2], [2, 1]):
+        return None
+    return linear.node.target, linear.operand, [(own.dtype, own.device) for own in stored]
 
 
 def _is_stored(node: Any) -> bool:
