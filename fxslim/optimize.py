@@ -18,7 +18,7 @@ from fxslim.passes.inference.neutral import DropNeutral
 from fxslim.passes.inference.once import ComputeOnce
 from fxslim.passes.inference.optimized import OptimizedModule, emitted, through_inductor
 from fxslim.passes.paths import Path
-from fxslim.passes.pipelines import varied
+from fxslim.passes.pipelines import Vary, varied
 from fxslim.passes.regional import is_regional
 from fxslim.passes.verify import compare, refer
 from fxslim.pipeline import Observer, Pass, Pipeline
@@ -78,20 +78,10 @@ def _ways(graph: CompiledModule) -> tuple[Path, ...]:
     first = Path("as traced", example)
     first.run(graph)
     for vary in varied(program):
-        sizes = [(vary.batch, 1)] + ([(vary.one, 2)] if vary.one is not None else [])
-        made = [
-            fresh(
-                program,
-                seed=seed,
-                batch=batch,
-                length=vary.length,
-                integers=vary.integers,
-                at=vary.at,
-                whole=vary.whole,
-            )
-            for batch, seed in sizes
+        ways = [
+            Path(vary.name if batch == vary.one else "other inputs", _placed(_further(program, vary, batch), graph))
+            for batch in dict.fromkeys((vary.batch, vary.one or vary.batch))
         ]
-        ways = [Path(f"other inputs {seed}", _placed(own, graph)) for (_, seed), own in zip(sizes, made, strict=True)]
         try:
             for way in ways:
                 way.run(graph)
@@ -99,6 +89,12 @@ def _ways(graph: CompiledModule) -> tuple[Path, ...]:
             continue
         return (first, *ways)
     return (first,)
+
+
+def _further(program: Program, vary: Vary, batch: int | None) -> dict[str, Any]:
+    return fresh(
+        program, seed=1, batch=batch, length=vary.length, integers=vary.integers, at=vary.at, whole=vary.whole
+    )
 
 
 def _placed(inputs: Any, graph: CompiledModule) -> Any:

@@ -77,8 +77,8 @@ def repeatable(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
-        empty = "empty" in node.target.__name__
-        return not (empty or node.is_impure() or torch.Tag.nondeterministic_seeded in node.target.tags)
+        known = node.target.namespace in ("aten", "prims") and "empty" not in node.target.__name__
+        return known and not node.is_impure() and torch.Tag.nondeterministic_seeded not in node.target.tags
     return node.target in (builtins.getattr, limit_of) or getattr(node.target, "__module__", "") in PYTHON
 
 
