@@ -92,9 +92,7 @@ def _ways(graph: CompiledModule) -> tuple[Path, ...]:
 
 
 def _further(program: Program, vary: Vary, batch: int | None) -> dict[str, Any]:
-    return fresh(
-        program, seed=1, batch=batch, length=vary.length, integers=vary.integers, at=vary.at, whole=vary.whole
-    )
+    return fresh(program, seed=1, batch=batch, length=vary.length, integers=vary.integers, at=vary.at, whole=vary.whole)
 
 
 def _placed(inputs: Any, graph: CompiledModule) -> Any:

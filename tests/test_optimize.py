@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from functools import lru_cache
 from typing import Any
 
@@ -203,6 +204,20 @@ def test_a_pass_that_changes_results_is_found_and_the_graph_stays() -> None:
     ):
         fxslim.optimize(graph, observer=spoil)
     assert torch.equal(graph(x), before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_inductor_computes_the_same_at_every_size_behind_the_same_check() -> None:
+    graph, x = _plain()
+    made = fxslim.optimize(graph, inductor=True)
+    assert [node.op for node in made.graph.nodes] == ["placeholder", "call_module", "output"]
+    for inputs in (x, x[:1], torch.randn(7, 9, 4, dtype=torch.float64)):
+        agree(graph, made, {"x": inputs})
+    with pytest.raises(InputError, match="axis 2 was fixed at 4"):
+        made(x[..., :3])
+    with pytest.raises(UnsupportedModelError, match="stays in"):
+        made.float()
 
 
 def test_numbers_that_are_drawn_are_drawn_every_time() -> None:
