@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxslim.export import export
     from fxslim.harness import benchmark
     from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
+    from fxslim.optimize import optimize
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
     from fxslim.training.callback import PruningCallback
@@ -44,6 +45,7 @@ _HOMES = MappingProxyType(
         "FxslimError": "fxslim.errors",
         "benchmark": "fxslim.harness",
         "export": "fxslim.export",
+        "optimize": "fxslim.optimize",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
         **dict.fromkeys(("Distillation", "PruningConfig", "WeightMasks"), "fxslim.training.config"),
@@ -79,6 +81,7 @@ __all__ = [
     "macs",
     "masked",
     "memory",
+    "optimize",
     "params",
     "plan",
     "plan_checkpoint",

@@ -193,7 +193,8 @@ class CompiledModule(fx.GraphModule):
         root.training = False
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             setattr(root, table, copy.deepcopy(getattr(self, table), memo))
-        copied = CompiledModule(root, copy.deepcopy(self.graph, memo), class_name=type(self).__name__)
+        kind: type[CompiledModule] = type(self).__mro__[1]  # fx makes a class of its own for every instance
+        copied = kind(root, copy.deepcopy(self.graph, memo), class_name=type(self).__name__)
         for table in ("_parameters", "_buffers", "_modules"):
             getattr(copied, table).update(getattr(root, table))
         copied._non_persistent_buffers_set = root._non_persistent_buffers_set

@@ -51,7 +51,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"passes"}),
-    frozenset({"asked", "api", "debug"}),
+    frozenset({"asked", "api", "debug", "optimize"}),
     frozenset({"training", "draw", "harness"}),
     frozenset({"hf", "export", "checkpoint"}),
     frozenset({"cli", "demo"}),

@@ -1,0 +1,1 @@
+"""Passes that make a compiled graph faster and change nothing that it computes."""

@@ -1,0 +1,137 @@
+"""Multiply once by the weights of several linears that read the same value: queries, keys and values, gate and up."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxslim.passes.inference.draft import Draft, storage
+from fxslim.pipeline import Facts
+
+aten = torch.ops.aten
+LAYOUT = frozenset({aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype, aten.set_.source_Tensor})
+"""Operations that read how a value lies in memory: pieces of a value lie otherwise than values of their own."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product with a stored matrix.
+
+    Attributes:
+        node: the product.
+        operand: what is multiplied.
+        weight: the ``get_attr`` node of the matrix.
+        bias: that of the bias, or None.
+        axis: the matrix's axis of results.
+    """
+
+    node: fx.Node
+    operand: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    axis: int
+
+    @property
+    def stored(self) -> tuple[fx.Node, ...]:
+        """Return the nodes of its tensors."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class FuseLinears:
+    """Join linears of one operand that stand next to each other, and split what they return.
+
+    Those further on, such as keys and values of a decoder's next layers, stay apart: all of them would be in memory at
+    once. Requires: no operation writes into its operands. Ensures: tensors that anything else reads as well, under
+    whatever name, stay as they are; views of the pieces copy where they have to.
+    """
+
+    requires: ClassVar[tuple[type, ...]] = (Draft,)
+    ensures: ClassVar[tuple[type, ...]] = (Draft,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Fuse."""
+        draft = facts.get(Draft).copied()
+        if any(node.target in LAYOUT for node in draft.graph.nodes):
+            return facts
+        tensors = dict(draft.tensors)
+        groups: list[tuple[Any, list[Linear]]] = []
+        reads = Counter(storage(tensors[node.target]) for node in draft.graph.find_nodes(op="get_attr"))
+        for linear in filter(None, map(linear_of, draft.graph.nodes)):
+            key = _key(linear, tensors, reads)
+            if key is None or not groups or groups[-1][0] != key:
+                groups.append((key, []))
+            groups[-1][1].append(linear)
+        joined = [group for _, group in groups if len(group) > 1]
+        for group in joined:
+            _join(draft.graph, group, tensors)
+        if joined:
+            _reshape(draft.graph)
+        return facts.adding(draft.holding(tensors))
+
+
+def linear_of(node: fx.Node) -> Linear | None:
+    """Return a node as a product with a stored matrix, or None."""
+    if node.op != "call_function" or node.kwargs:
+        return None
+    if node.target is aten.linear.default:
+        operand, weight, bias, axis = node.args[0], node.args[1], (*node.args, None)[2], 0
+    elif node.target is aten.addmm.default:
+        bias, operand, weight, axis = *node.args, 1
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        operand, weight, bias, axis = *node.args, None, 1
+    else:
+        return None
+    stored = _is_stored(weight) and (bias is None or _is_stored(bias))
+    return Linear(node, operand, weight, bias, axis) if stored else None
+
+
+def _key(linear: Linear, tensors: Mapping[str, torch.Tensor], reads: Counter[int]) -> Any:
+    """Return what linears have in common that can be joined; None for one that cannot be."""
+    stored = [tensors[str(node.target)] for node in linear.stored]
+    alone = all(len(node.users) == 1 for node in linear.stored) and all(reads[storage(own)] == 1 for own in stored)
+    if not alone or [own.ndim for own in stored] not in ([2], [2, 1]):
+        return None
+    return linear.node.target, linear.operand, [(own.dtype, own.device) for own in stored]
+
+
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def _join(graph: fx.Graph, group: list[Linear], tensors: dict[str, torch.Tensor]) -> None:
+    """Put one product and a split in the place of several products."""
+    first = group[0]
+    sizes = [tensors[linear.weight.target].shape[linear.axis] for linear in group]
+
+    def together(nodes: list[fx.Node], axis: int) -> fx.Node:
+        name = f"joined_{len(tensors)}"
+        tensors[name] = torch.cat([tensors[node.target] for node in nodes], axis)
+        return graph.get_attr(name)
+
+    with graph.inserting_before(first.node):
+        weight = together([linear.weight for linear in group], first.axis)
+        biases = [linear.bias for linear in group if linear.bias is not None]
+        if first.node.target is aten.addmm.default:
+            args: tuple[Any, ...] = (together(biases, 0), first.operand, weight)
+        else:
+            args = (first.operand, weight, *([together(biases, 0)] if biases else []))
+        product = graph.call_function(first.node.target, args)
+        pieces = graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
+        made = [graph.call_function(operator.getitem, (pieces, place)) for place in range(len(group))]
+    for linear, piece in zip(group, made, strict=True):
+        linear.node.replace_all_uses_with(piece)
+        graph.erase_node(linear.node)
+
+
+def _reshape(graph: fx.Graph) -> None:
+    """Let views copy where they have to."""
+    for target in (aten.view.default, aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.target = aten.reshape.default

@@ -1,0 +1,89 @@
+"""The module of an optimized graph: called like the graph that it was made of, for one device and one dtype."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxslim.dtypes import Following
+from fxslim.errors import UnsupportedModelError
+from fxslim.passes.emit import CompiledModule
+from fxslim.passes.inference.draft import Draft
+
+
+class OptimizedModule(CompiledModule):
+    """A compiled graph whose constants are computed, so that it can neither be moved nor cast."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        """Refuse another device and another dtype."""
+        for device, dtype in {(own.device, own.dtype) for own in (*self.parameters(), *self.buffers())}:
+            moved = fn(torch.empty(0, dtype=dtype, device=device))
+            if (moved.device, moved.dtype) != (device, dtype):
+                raise UnsupportedModelError(
+                    f"an optimized graph stays in {dtype} on {device}: what depends on either was computed. Move or "
+                    "cast the graph that it was made of, and optimize that."
+                )
+        super()._apply(fn, recurse)
+        return self
+
+
+def emitted(draft: Draft, given: CompiledModule) -> OptimizedModule:
+    """Turn a draft into a module; it shares the tensors that it has not made itself.
+
+    Args:
+        draft: the rewritten graph.
+        given: the graph that it was made of.
+    """
+    root = nn.Module()
+    graph, flat = copy.deepcopy(draft.graph), _flat(draft.tensors)
+    for node in graph.find_nodes(op="get_attr"):
+        node.target = flat[str(node.target)]
+    for name, tensor in draft.tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            root.register_parameter(flat[name], nn.Parameter(tensor, requires_grad=False))
+        else:
+            root.register_buffer(flat[name], tensor)
+    graph.set_codegen(given.graph._codegen)
+    made = OptimizedModule(root, graph, class_name=type(given).__name__)
+    made.meta.update(given.meta)
+    made._caller = dataclasses.replace(given._caller, following=Following())
+    return made.eval()
+
+
+def _flat(names: Iterable[str]) -> dict[str, str]:
+    """Return a name without dots for every name: a path of modules is walked anew at every call."""
+    flat: dict[str, str] = {}
+    for name in names:
+        made = name.replace(".", "_")
+        while made in flat.values():
+            made += "_"
+        flat[name] = made
+    return flat
+
+
+def through_inductor(made: OptimizedModule) -> OptimizedModule:
+    """Return a module whose graph is one call of what ``torch.compile`` makes of a graph's operations."""
+    inner = fx.GraphModule(made, _plain(made.graph), class_name="Operations").eval()
+    inner.compile(dynamic=True)
+    outer = fx.Graph()
+    leaves = [outer.placeholder(node.name) for node in made.graph.find_nodes(op="placeholder")]
+    outer.output(outer.call_module("operations", tuple(leaves)))
+    outer.set_codegen(made.graph._codegen)
+    root = nn.Module()
+    root.add_module("operations", inner)
+    whole = OptimizedModule(root, outer, class_name=type(made).__name__)
+    whole.meta.update(made.meta)
+    whole._caller = made._caller
+    return whole.eval()
+
+
+def _plain(graph: fx.Graph) -> fx.Graph:
+    """Return a copy that takes the leaves of the inputs, and returns those of the results."""
+    copied = copy.deepcopy(graph)
+    copied.set_codegen(fx.graph.CodeGen())
+    return copied

@@ -1,0 +1,236 @@
+"""Optimized graphs: what they compute, what is joined, folded and left out, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxslim
+from fxslim.errors import InputError, UnsupportedModelError
+from fxslim.passes.emit import CompiledModule
+from fxslim.passes.inference.fold import SMALL
+from fxslim.passes.paths import tensors_of
+from fxslim.pipeline import Facts, Pass
+
+from architectures import ARCHITECTURES
+from hard import HARD
+
+CASES = {**ARCHITECTURES, **HARD}
+RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
+JOINED = {
+    "bert": (13, 9),  # two layers of q, k, v and three more, a pooler
+    "gpt2": (9, 9),  # its q, k and v are one matrix already
+    "llama_gqa": (15, 9),  # gate and up as well
+    "bart": (33, 23),  # k and v of cross attention: their query reads something else
+    "t5": (33, 23),
+    "vit_classify": (13, 9),
+}
+"""Products with a weight in the graph, and in the optimized one."""
+
+
+@lru_cache(maxsize=2)
+def compiled(name: str, dtype: torch.dtype = torch.float64, **asked: float) -> CompiledModule:
+    graph = fxslim.compile(CASES[name].build(dtype, "sdpa"), **asked)
+    assert isinstance(graph, CompiledModule)
+    return graph
+
+
+def products(graph: CompiledModule) -> int:
+    return sum(str(node.target).startswith(("aten.linear", "aten.addmm", "aten.mm")) for node in graph.graph.nodes)
+
+
+def operations(graph: CompiledModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def agree(graph: nn.Module, made: nn.Module, inputs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        expected, found = tensors_of(graph(**inputs)), tensors_of(made(**inputs))
+    assert [t.shape for t in expected] == [t.shape for t in found]
+    assert [t.dtype for t in expected] == [t.dtype for t in found]
+    for want, got in zip(expected, found, strict=True):
+        scale = float(want.abs().max())
+        assert scale > 1e-3, "it is zero: nothing would show"
+        assert float((want - got).abs().max()) <= RELATIVE[want.dtype] * scale
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_it_computes_the_same_at_every_size_with_fewer_products(name: str) -> None:
+    graph = compiled(name)
+    code, state = graph.code, {key: value.clone() for key, value in graph.state_dict().items()}
+    made = fxslim.optimize(graph)
+    assert (products(graph), products(made)) == JOINED[name]
+    assert len(operations(made)) < len(operations(graph))
+    for batch, length in ((1, 5), (4, 12)):
+        inputs = CASES[name].inputs(batch, length, seed=3, dtype=torch.float64)
+        agree(graph, made, inputs)
+    assert graph.code == code
+    assert all(torch.equal(value, state[key]) for key, value in graph.state_dict().items())
+    assert type(made(**inputs)) is type(graph(**inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_is_optimized_in_the_dtype_that_it_was_cast_to(dtype: torch.dtype) -> None:
+    graph = copy.deepcopy(compiled("llama_gqa", torch.float32, ffn=0.5)).to(dtype)
+    made = fxslim.optimize(graph)
+    assert {p.dtype for p in made.parameters()} >= {dtype}
+    agree(graph, made, CASES["llama_gqa"].inputs(3, 9, seed=3))
+    casts = sum(".to." in name or "_to_copy" in name for name in operations(made))
+    before = sum(".to." in name or "_to_copy" in name for name in operations(graph))
+    assert casts < before if dtype == torch.float32 else casts > 0  # norms compute in float32
+
+
+class _Plain(nn.Module):
+    """Two linears of one input, one of which is tied to a third; dropout, copies, and constants of all kinds."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(4, 3)
+        self.again = nn.Linear(4, 6)
+        if tied:
+            self.again.weight = self.first.weight
+        self.scale = nn.Parameter(torch.randn(1, 4))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(x).clone() * self.scale.exp().expand(3, 4).sum(0)
+        pieces = [self.first(x), self.second(x), self.third(x)]
+        table = torch.ones(700, 700, dtype=x.dtype).cumsum(0)[: x.shape[1], 5]  # large to store, and small to read
+        return torch.cat(pieces, -1) * table[:, None] + nn.functional.pad(self.again(x[..., :4] + 1), (0, 8))
+
+
+def _plain(**options: bool) -> tuple[CompiledModule, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    graph = fxslim.compile(_Plain(**options).double().eval(), x, ffn=0)
+    assert isinstance(graph, CompiledModule)
+    return graph, x
+
+
+def test_tied_weights_are_left_alone() -> None:
+    for tied, left in ((False, 2), (True, 3)):
+        graph, x = _plain(tied=tied)
+        made = fxslim.optimize(graph)
+        assert (products(graph), products(made)) == (4, left)
+        agree(graph, made, {"x": x[:, :3]})
+    assert any(p.data_ptr() == graph.first.weight.data_ptr() for p in made.parameters())
+
+
+def test_constants_are_computed_once_and_stay_small() -> None:
+    graph, _ = _plain()
+    made = fxslim.optimize(graph)
+    assert [name for name in operations(graph) if "exp." in name or "sum" in name]
+    assert not [name for name in operations(made) if "aten.exp." in name or "sum.dim" in name or "dropout" in name]
+    given = sum(t.numel() * t.element_size() for t in graph.state_dict().values())
+    kept = sum(t.numel() * t.element_size() for t in made.state_dict().values())
+    assert kept < given + SMALL
+    assert any("cumsum" in name for name in operations(made))  # its result would be larger than what it replaces
+    agree(graph, made, {"x": torch.randn(7, 9, 4, dtype=torch.float64)})
+
+
+def test_the_check_of_inputs_stays() -> None:
+    made = fxslim.optimize(_plain()[0])
+    with pytest.raises(InputError, match=r"input 'x' has shape \(2, 5, 3\), but axis 2 was fixed at 4"):
+        made(torch.randn(2, 5, 3, dtype=torch.float64))
+
+
+class _Casting(nn.Module):
+    """Casts its input: what that does depends on the input that is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(x.to(torch.float32).to(torch.float32))))
+        return y * mask.to(torch.int64)[..., None]
+
+
+def test_casts_stay_where_other_inputs_need_them() -> None:
+    model = _Casting().eval()
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 2, 0], [1, 3, 1, 1, 1]])
+    made = fxslim.optimize(fxslim.compile(model, {"x": x, "mask": mask}))
+    assert sum(".to." in name or "_to_copy" in name for name in operations(made)) == 2
+    for other in (x, x.double()):
+        for numbers in (mask, mask.to(torch.int32), mask.bool()):
+            assert torch.equal(made(other, numbers), model(other, numbers))
+
+
+def test_it_is_for_inference_on_one_device_in_one_dtype() -> None:
+    graph, x = _plain()
+    made = fxslim.optimize(graph)
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+    with pytest.raises(UnsupportedModelError, match=r"a compiled graph is for inference"):
+        made.train()
+    for change in (lambda: made.float(), lambda: made.to("meta")):
+        with pytest.raises(
+            UnsupportedModelError, match=r"optimized graph stays in torch\.float64 on cpu.*optimize that"
+        ):
+            change()
+    assert made.double() is made
+    agree(made, copy.deepcopy(made), {"x": x})
+    with pytest.raises(UnsupportedModelError, match="stays in"):
+        copy.deepcopy(made).float()
+
+
+def test_what_cannot_be_optimized_is_refused() -> None:
+    graph, _ = _plain()
+    with pytest.raises(InputError, match=r"optimize takes what fxslim\.compile returns, not Linear"):
+        fxslim.optimize(nn.Linear(3, 3))
+    with pytest.raises(InputError, match="optimized already"):
+        fxslim.optimize(fxslim.optimize(graph))
+    with pytest.raises(UnsupportedModelError, match="on meta"):
+        fxslim.optimize(copy.deepcopy(graph).to("meta"))
+
+
+def test_a_pass_that_changes_results_is_found_and_the_graph_stays() -> None:
+    """Refusal: nothing is trusted that was not compared."""
+    graph, x = _plain()
+    before = graph(x)
+
+    def spoil(_before: Facts, step: Pass, after: Facts, _seconds: float) -> None:
+        if type(step).__name__ == "FuseLinears":
+            for known in after.known.values():
+                next(t for name, t in known.tensors.items() if name.startswith("joined")).mul_(1.01)
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"does not compute what the given one does \(as traced: largest dif"
+    ):
+        fxslim.optimize(graph, observer=spoil)
+    assert torch.equal(graph(x), before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_inductor_computes_the_same_at_every_size_behind_the_same_check() -> None:
+    graph, x = _plain()
+    made = fxslim.optimize(graph, inductor=True)
+    assert [node.op for node in made.graph.nodes] == ["placeholder", "call_module", "output"]
+    for inputs in (x, x[:1], torch.randn(7, 9, 4, dtype=torch.float64)):
+        agree(graph, made, {"x": inputs})
+    with pytest.raises(InputError, match="axis 2 was fixed at 4"):
+        made(x[..., :3])
+    with pytest.raises(UnsupportedModelError, match="stays in"):
+        made.float()
+
+
+def test_numbers_that_are_drawn_are_drawn_every_time() -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(torch.relu(self.up(x)))
+            return y + torch.rand(4) - torch.rand(4)
+
+    made = fxslim.optimize(fxslim.compile(Noise().eval(), torch.randn(2, 5, 4)))
+    assert sum("rand" in name for name in operations(made)) == 2
+    x = torch.randn(2, 5, 4)
+    assert not torch.equal(made(x), made(x))
