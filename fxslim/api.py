@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from fxslim import offloaded
 from fxslim.analysis import Analysis, state_of
 from fxslim.asked import Asked, Wanted, globs, wanted
 from fxslim.calibration import Calibration
 from fxslim.debug import debugging
-from fxslim.errors import InputError, PlanError, VerifyError
+from fxslim.errors import InputError, PlanError, RequestError, UnsupportedModelError, VerifyError
 from fxslim.express import express
 from fxslim.inputs import bind
+from fxslim.lazy import Spilled
+from fxslim.offloaded import Offloaded, is_offloaded
 from fxslim.overlay import own_config
 from fxslim.passes import pipelines as lines
 from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put, weak_choice
@@ -26,7 +31,7 @@ from fxslim.passes.emit import CompiledModule
 from fxslim.passes.mask import masked as _masked
 from fxslim.passes.narrow import replay, say_sizes
 from fxslim.passes.paths import paths
-from fxslim.passes.prepare import settle
+from fxslim.passes.prepare import computed, settle
 from fxslim.passes.regional import is_regional
 from fxslim.passes.sites import Sites
 from fxslim.passes.verify import compare, refer
@@ -113,6 +118,8 @@ def plan(
         InputError: a weight holds NaN; otherwise as `inspect`.
     """
     want = wanted(asked)
+    if is_offloaded(_module(model)):
+        return _plan_offloaded(_module(model), example_inputs, want, observer, progress=progress)
     data = want.read(_module(model))
     known = _known(model, example_inputs, data)
     if want.recipe is not None:
@@ -309,6 +316,28 @@ def _known(model: Model, example_inputs: Any, data: Calibration | None = None) -
     if not kept.holds():
         return Facts().adding(subject)
     return kept.facts.adding(subject, rebound(kept.facts.get(Program), subject.model))
+
+
+def _plan_offloaded(
+    model: nn.Module, example_inputs: Any, want: Wanted, observer: Observer | None, *, progress: bool
+) -> Plan:
+    """Plan for a model that accelerate has offloaded: its skeleton is traced, its weights are read as they are used."""
+    skeleton = offloaded.skeleton(model)
+    if computed(skeleton):
+        raise UnsupportedModelError("masks or parametrizations compute offloaded weights: make them permanent first.")
+    data = want.read(skeleton)
+    known = _run(lines.inspecting(), _known(skeleton, example_inputs, data), observer)
+    program = known.get(Program)
+    weights = Offloaded(model, program)
+    if want.recipe is None:
+        known = known.adding(dataclasses.replace(program, tensors=weights))
+        return _run(lines.choosing(want.request, tuple(known.known)), known, observer, progress=progress).get(Plan)
+    if any(target.resource == "time" for target in want.recipe.targets):
+        raise RequestError("a speed-up is measured on whole models, and this one is offloaded: give fxslim.macs().")
+    with TemporaryDirectory() as folder:
+        repaired = Spilled(Path(folder), offloaded.KEPT)
+        last = Calibrate(want.request, want.recipe, data, progress=progress, weights=weights, changed=repaired)
+        return _run(calibrating(tuple(known.known), last), known, observer).get(Plan)
 
 
 def _check(plan: Plan | None, want: Wanted) -> None:
