@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+KEPT = 4
+"""How many tensors are in memory at a time: those of one operation, and as many more."""
+
 
 class Lazy(Mapping[str, torch.Tensor]):
     """Tensors by name; the last ones that were read are kept, since most are asked for several times in a row."""
 
-    def __init__(self, names: Collection[str], kept: int) -> None:
+    def __init__(self, names: Collection[str], kept: int = KEPT) -> None:
         """Know ``names``, and keep the last ``kept`` tensors."""
         self._names, self._kept = names, kept
         self._last: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -60,10 +63,10 @@ class Lazy(Mapping[str, torch.Tensor]):
 class Spilled(Lazy, MutableMapping[str, torch.Tensor]):
     """Tensors that are written to files of a folder, one file each, when they are set."""
 
-    def __init__(self, folder: Path, kept: int) -> None:
-        """Write into ``folder``, which exists; keep the last ``kept`` tensors."""
+    def __init__(self, folder: Path) -> None:
+        """Write into ``folder``, which exists."""
         self.files: dict[str, Path] = {}
-        super().__init__(self.files, kept)
+        super().__init__(self.files)
         self._folder = folder
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:

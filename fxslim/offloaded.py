@@ -13,9 +13,6 @@ from fxslim.lazy import Lazy, reserve
 from fxslim.program import Program, named_tensors
 from fxslim.sharing import named_once, offloading, share
 
-KEPT = 4
-"""How many tensors are in memory at a time: those of one operation of the dense and of the narrowed model."""
-
 Place = tuple[Mapping[str, torch.Tensor], str]
 """Where a tensor is: a mapping of accelerate's, and its name there."""
 
@@ -68,7 +65,7 @@ class Offloaded(Lazy):
 
     def __init__(self, model: nn.Module, program: Program) -> None:
         """Read what is not there through the hooks of ``model``, which stays as it is."""
-        super().__init__(program.tensors, KEPT)
+        super().__init__(program.tensors)
         self._program = program
         self._places = {program.aliases.get(name, name): place for name, place in _places(model)}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -19,9 +20,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from fxslim.checkpoint.files import Shard, Stored
+from fxslim.checkpoint.files import Shard, Stored, read_shard
 from fxslim.errors import InputError, UnsupportedModelError
-from fxslim.lazy import Lazy, reserve
+from fxslim.lazy import Lazy, Spilled, reserve
 from fxslim.sharing import named_once
 
 
@@ -192,10 +193,29 @@ class _Matching:
             )
 
 
+def repaired_keys(keys: Keys, repaired: Spilled) -> Keys:
+    """Return keys that lead to repaired tensors in the place of the checkpoint's own.
+
+    Raises:
+        UnsupportedModelError: a repaired tensor is stored in parts.
+    """
+    pieces = dict(keys.pieces)
+    for name, piece in keys.pieces.items():
+        if piece.tensor in repaired:
+            if piece.expert is not None or piece.dim is not None:
+                raise UnsupportedModelError(
+                    f"{piece.tensor} is stored in parts and cannot be repaired there; load the model, narrow it with "
+                    "fxslim.slim, or leave the repair out with repair=False."
+                )
+            (stored,) = read_shard(repaired.files[piece.tensor]).tensors
+            pieces[name] = replace(piece, stored=replace(stored, name=name))
+    return replace(keys, pieces=pieces)
+
+
 class Weights(Lazy):
     """The tensors of a model, by canonical name, read from a checkpoint when they are asked for."""
 
-    def __init__(self, keys: Keys, model: Mapping[str, torch.Tensor], *, kept: int = 1) -> None:
+    def __init__(self, keys: Keys, model: Mapping[str, torch.Tensor], *, kept: int) -> None:
         """Read through ``keys``; what is not stored (buffers, constants of a trace) comes from ``model``."""
         super().__init__(model, kept)
         self._pieces: dict[str, list[Piece]] = {}
@@ -212,7 +232,10 @@ class Weights(Lazy):
                 "model, and save it with save_pretrained(folder, save_original_format=False) first."
             )
         model, pieces = self._model[name], self._pieces.get(name)
-        return model if pieces is None else _joined(pieces, model)
+        if pieces is None:
+            return model
+        own = _joined(pieces, model)
+        return nn.Parameter(own, requires_grad=False) if isinstance(model, nn.Parameter) else own
 
 
 def _joined(pieces: Sequence[Piece], model: torch.Tensor) -> torch.Tensor:
