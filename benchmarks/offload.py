@@ -18,7 +18,7 @@ from benchmarks.processes import fresh, measured
 SHAPE = {"hidden_size": 768, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 12,
          "num_key_value_heads": 12, "vocab_size": 2000, "max_position_embeddings": 512}  # fmt: skip
 ASKED = {"ffn": 0.5, "heads": 0.5}
-BATCHES, ROWS, LENGTH = 2, 16, 64
+BATCHES, ROWS, LENGTH = 4, 4, 32
 WAYS = {
     "imports": "nothing but imports",
     "loaded": "`fxslim.plan`, loaded",

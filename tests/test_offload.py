@@ -52,7 +52,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     "asked",
     [
         {"ffn": 0.5, "heads": 0.5},
-        {"target": fxslim.params(0.7)},
+        {"target": fxslim.params(0.85)},
         {"ffn": 0.5, "heads": 0.5, "method": "wanda", "repair": False},
         {"ffn": 0.5, "method": "taylor", "repair": "bias"},
     ],

@@ -1,4 +1,4 @@
-"""Plan from a checkpoint's weights alone, one tensor at a time."""
+"""Plan for a checkpoint, by its weights alone or on calibration data, a few tensors at a time."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked
     Args:
         src: a local folder with a dense checkpoint of transformers in safetensors files.
         progress: show a progress bar.
-        **asked: fractions or a target, and how to choose: see `fxslim.asked.Asked`. Without any, only
-            what does nothing goes.
+        **asked: fractions or a target, and how to choose: see `fxslim.asked.Asked`. Without any, only what does
+            nothing goes.
 
     Raises:
         InputError: there is no such folder, files are missing, cut short or broken, or a weight holds NaN.
