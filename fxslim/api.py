@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,9 +18,11 @@ from fxslim.analysis import Analysis, state_of
 from fxslim.asked import Asked, Wanted, globs, wanted
 from fxslim.calibration import Calibration
 from fxslim.debug import debugging
-from fxslim.errors import InputError, PlanError, VerifyError
+from fxslim.errors import InputError, PlanError, RequestError, UnsupportedModelError, VerifyError
 from fxslim.express import express
 from fxslim.inputs import bind
+from fxslim.lazy import Lazy, Spilled
+from fxslim.offloaded import Offloaded, is_offloaded, skeleton
 from fxslim.overlay import own_config
 from fxslim.passes import pipelines as lines
 from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put, weak_choice
@@ -26,7 +31,7 @@ from fxslim.passes.emit import CompiledModule
 from fxslim.passes.mask import masked as _masked
 from fxslim.passes.narrow import replay, say_sizes
 from fxslim.passes.paths import paths
-from fxslim.passes.prepare import settle
+from fxslim.passes.prepare import computed, settle
 from fxslim.passes.regional import is_regional
 from fxslim.passes.sites import Sites
 from fxslim.passes.verify import compare, refer
@@ -100,8 +105,8 @@ def plan(
     to repair what is left, give it to `slim` together with the calibration data.
 
     Args:
-        model: see `inspect`; or what `inspect` returned, in the place of model and inputs, so that a model that has not
-            changed since is not traced again.
+        model: see `inspect`; of one that accelerate has offloaded, a few tensors are read at a time. Or what `inspect`
+            returned, in the place of model and inputs, so that a model that has not changed since is not traced again.
         example_inputs: see `inspect`.
         progress: show a progress bar.
         observer: called after every pass.
@@ -113,6 +118,11 @@ def plan(
         InputError: a weight holds NaN; otherwise as `inspect`.
     """
     want = wanted(asked)
+    if is_offloaded(_module(model)):
+        own = _module(model)
+        return planned(
+            skeleton(own), partial(Offloaded, own), want, example_inputs, observer=observer, progress=progress
+        )
     data = want.read(_module(model))
     known = _known(model, example_inputs, data)
     if want.recipe is not None:
@@ -309,6 +319,49 @@ def _known(model: Model, example_inputs: Any, data: Calibration | None = None) -
     if not kept.holds():
         return Facts().adding(subject)
     return kept.facts.adding(subject, rebound(kept.facts.get(Program), subject.model))
+
+
+def planned(
+    skeleton: nn.Module,
+    reading: Callable[[Program], Lazy],
+    want: Wanted,
+    example_inputs: Any = None,
+    *,
+    plan: Plan | None = None,
+    repaired: MutableMapping[str, torch.Tensor] | None = None,
+    observer: Observer | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Choose what to take out of a model whose weights are read when they are used, and repair what is left.
+
+    Args:
+        skeleton: the model, with tensors of which nobody knows the numbers.
+        reading: returns the numbers of a program's tensors.
+        want: what was asked.
+        example_inputs: see `inspect`.
+        plan: a plan that is repaired as it is.
+        repaired: where repaired tensors are put; by default, into files that are gone at the end.
+        observer: called after every pass.
+        progress: show a progress bar.
+
+    Raises:
+        RequestError: a target is about time; otherwise as `plan`.
+    """
+    if computed(skeleton):
+        raise UnsupportedModelError("masks or parametrizations compute weights that are not there: settle them first.")
+    if want.recipe is not None and any(target.resource == "time" for target in want.recipe.targets):
+        raise RequestError("a speed-up is measured on whole models, and this one is not in memory: give fxslim.macs().")
+    data = want.read(skeleton)
+    known = _run(lines.inspecting(), _known(skeleton, example_inputs, data), observer)
+    program = known.get(Program)
+    weights = reading(program)
+    if want.recipe is None:
+        known = known.adding(dataclasses.replace(program, tensors=weights))
+        return _run(lines.choosing(want.request, tuple(known.known)), known, observer, progress=progress).get(Plan)
+    with TemporaryDirectory() as folder:
+        changed = Spilled(Path(folder)) if repaired is None else repaired
+        last = Calibrate(want.request, want.recipe, data, plan, progress=progress, weights=weights, changed=changed)
+        return _run(calibrating(tuple(known.known), last), known, observer).get(Plan)
 
 
 def _check(plan: Plan | None, want: Wanted) -> None:

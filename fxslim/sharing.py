@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,17 +16,18 @@ from fxslim.errors import UnsupportedModelError
 from fxslim.program import Program, named_tensors
 
 
-def share(module: nn.Module, *, buffers: bool = True) -> nn.Module:
+def share(module: nn.Module, *, buffers: bool = True, instead: Mapping[int, Any] | None = None) -> nn.Module:
     """Copy a module tree that shares every parameter with the original.
 
     Args:
         module: the original.
         buffers: whether buffers, and weights that a forward renormalises in place, are shared as well.
+        instead: id of an object that is not copied -> what stands in its place.
 
     Raises:
         UnsupportedModelError: the module holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = dict(instead or {})
     for child in module.modules():
         for value in vars(child).values():
             if isinstance(value, torch.Tensor):  # a stored activation cannot be copied again with its history
@@ -117,12 +118,11 @@ def refuse(model: nn.Module) -> None:
                 "quantize the result."
             )
     for name, child in model.named_modules():
-        hook = getattr(child, "_hf_hook", None)
-        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+        if next(offloading(child), None) is not None:
             raise UnsupportedModelError(
                 f"{name or 'the model'} is offloaded by accelerate: its weights are not there when they are "
-                "looked at. Load it without device_map; or, where it does not fit into memory, give its folder to "
-                "fxslim.plan_checkpoint and fxslim.slim_checkpoint, and calibrate the narrowed model."
+                "looked at. fxslim.plan takes it as it is, and fxslim.slim_checkpoint(folder, out, plan) narrows the "
+                "folder that it came from; where it fits into memory, load it without device_map."
             )
     if next(iter(model.parameters()), None) is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
@@ -134,6 +134,15 @@ def refuse(model: nn.Module) -> None:
                 "narrow the original model and quantize or shard the result. A checkpoint that fits on no single "
                 "device is narrowed with fxslim.slim_checkpoint, and sharded when it is loaded."
             )
+
+
+def offloading(module: nn.Module) -> Iterator[Any]:
+    """Yield the hooks with which accelerate keeps a module's own tensors elsewhere between calls."""
+    waiting = [getattr(module, "_hf_hook", None)]
+    for hook in waiting:
+        waiting.extend(getattr(hook, "hooks", ()))
+        if getattr(hook, "offload", False):
+            yield hook
 
 
 def named_once(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

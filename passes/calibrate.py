@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,6 +63,8 @@ class Calibrate:
         plan: a plan that is repaired as it is, or None.
         build: makes the narrowed model of a plan, to be timed; needed for targets of time.
         progress: whether to show a progress bar.
+        weights: the numbers, where the program's tensors hold shapes alone; what was repaired is then no model.
+        changed: where repaired tensors are put; by default, into memory.
     """
 
     request: Request
@@ -70,6 +73,8 @@ class Calibrate:
     plan: Plan | None = None
     build: Callable[[Plan], nn.Module] | None = None
     progress: bool = False
+    weights: Mapping[str, torch.Tensor] | None = None
+    changed: MutableMapping[str, torch.Tensor] | None = None
 
     requires: ClassVar[tuple[type, ...]] = (Subject, Program, Labels, Sites)
     ensures: ClassVar[tuple[type, ...]] = (Plan, Repaired)
@@ -87,7 +92,8 @@ class Calibrate:
             raise UnsupportedModelError("the weights are on meta: choosing by data needs them.")
         if self.plan is not None:
             check_plan(self.plan, model)
-        choice = choose(sites.sites, program.tensors, self.request, refused=sites.refused)
+        filled = program if self.weights is None else dataclasses.replace(program, tensors=self.weights)
+        choice = choose(sites.sites, filled.tensors, self.request, refused=sites.refused)
         reached = [site for site in select(sites.sites, self.request)[0] if _reached(site)]
         asked = {part.site.name: part for part in (choice.sites if self.plan is None else self.plan.sites)}
         if not self.recipe.targets:
@@ -98,18 +104,20 @@ class Calibrate:
 
         def masking(parts: Sequence[SitePlan]) -> Masks | None:
             try:
-                return masks(program, labels, cut_of(labels, sites, tuple(parts), masks=True), parts)
+                return masks(filled, labels, cut_of(labels, sites, tuple(parts), masks=True), parts)
             except NarrowError:
                 return None
 
         made = fit(program, reached, self.recipe, self.data, self._price(facts, count), asked, masking,
-                   fixed=self.plan is not None, progress=self.progress)  # fmt: skip
+                   fixed=self.plan is not None, progress=self.progress,
+                   weights=self.weights, changed=self.changed)  # fmt: skip
         notes = (*(() if self.recipe.targets else choice.notes), *made.notes)
         notes = notes if self.data is not None else (*notes, weak_choice(self.recipe.method))
         plan = self.plan or new_plan(model, Choice(made.parts, notes), self.request)
         plan = plan.model_copy(update={"requested": {**plan.requested, **requested(self.recipe)}})
         tokens = self.data.tokens if self.data is not None else 0
-        return facts.adding(plan, Repaired(_with(model, made.tensors), made.tensors, made.fits, tokens, made.reached))
+        repaired = _with(model, made.tensors) if self.weights is None else model
+        return facts.adding(plan, Repaired(repaired, made.tensors, made.fits, tokens, made.reached))
 
     def _price(self, facts: Facts, count: Callable[[tuple[SitePlan, ...]], int]) -> Price:
         """Return what a model costs after site plans."""

@@ -20,7 +20,7 @@ VOLATILE = ("transformers_version", "_name_or_path", "fxslim", "torch_dtype", "d
 
 def permanent(model: nn.Module) -> nn.Module:
     """Return the model, or a copy that holds the results where masks or parametrizations compute its weights."""
-    if not _computed(model):
+    if not computed(model):
         return model
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -51,7 +51,8 @@ def _own_class(module: nn.Module) -> None:
     module.__class__ = type(kind.__name__, kind.__bases__, body)
 
 
-def _computed(model: nn.Module) -> bool:
+def computed(model: nn.Module) -> bool:
+    """Tell whether masks or parametrizations compute any of a model's weights."""
     return any(
         parametrize.is_parametrized(module)
         or any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values())

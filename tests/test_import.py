@@ -24,6 +24,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "functional",
             "measured",
             "sharing",
+            "lazy",
+            "offloaded",
             "spelling",
             "trace",
             "dtypes",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from fxslim.checkpoint.files import Shard, Stored
+from fxslim.checkpoint.files import Shard, Stored, read_shard
 from fxslim.errors import InputError, UnsupportedModelError
+from fxslim.lazy import Lazy, Spilled, reserve
 from fxslim.sharing import named_once
 
 
@@ -192,41 +193,49 @@ class _Matching:
             )
 
 
-class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of a model, by canonical name, read from a checkpoint when they are asked for.
+def repaired_keys(keys: Keys, repaired: Spilled) -> Keys:
+    """Return keys that lead to repaired tensors in the place of the checkpoint's own.
 
-    The last one that was read is kept, since most are asked for several times in a row.
+    Raises:
+        UnsupportedModelError: a repaired tensor is stored in parts.
     """
+    pieces = dict(keys.pieces)
+    for name, piece in keys.pieces.items():
+        if piece.tensor in repaired:
+            if piece.expert is not None or piece.dim is not None:
+                raise UnsupportedModelError(
+                    f"{piece.tensor} is stored in parts and cannot be repaired there; load the model, narrow it with "
+                    "fxslim.slim, or leave the repair out with repair=False."
+                )
+            (stored,) = read_shard(repaired.files[piece.tensor]).tensors
+            pieces[name] = replace(piece, stored=replace(stored, name=name))
+    return replace(keys, pieces=pieces)
 
-    def __init__(self, keys: Keys, model: Mapping[str, torch.Tensor]) -> None:
+
+class Weights(Lazy):
+    """The tensors of a model, by canonical name, read from a checkpoint when they are asked for."""
+
+    def __init__(self, keys: Keys, model: Mapping[str, torch.Tensor], *, kept: int) -> None:
         """Read through ``keys``; what is not stored (buffers, constants of a trace) comes from ``model``."""
+        super().__init__(model, kept)
         self._pieces: dict[str, list[Piece]] = {}
         for piece in keys.pieces.values():
             self._pieces.setdefault(piece.tensor, []).append(piece)
         self._opaque = keys.opaque
         self._model = model
-        self._last: tuple[str, torch.Tensor] | None = None
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._model)
-
-    def __len__(self) -> int:
-        return len(self._model)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        model = self._model[name]
-        pieces = self._pieces.get(name)
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor, in the model's shape and dtype."""
         if name in self._opaque:
             raise UnsupportedModelError(
                 f"{name} is not stored: transformers computes it while it loads ({self._opaque[name]}). Load the "
                 "model, and save it with save_pretrained(folder, save_original_format=False) first."
             )
+        model, pieces = self._model[name], self._pieces.get(name)
         if pieces is None:
             return model
-        if self._last is None or self._last[0] != name:
-            self._last = None  # never two of them
-            self._last = name, _joined(pieces, model)
-        return self._last[1]
+        own = _joined(pieces, model)
+        return nn.Parameter(own, requires_grad=False) if isinstance(model, nn.Parameter) else own
 
 
 def _joined(pieces: Sequence[Piece], model: torch.Tensor) -> torch.Tensor:
@@ -243,24 +252,12 @@ def _joined(pieces: Sequence[Piece], model: torch.Tensor) -> torch.Tensor:
 
 
 def place(model: PreTrainedModel) -> None:
-    """Give a skeleton on ``meta`` tensors in memory that is reserved, not used: nothing is ever written there.
-
-    A trace on ``meta`` would lose the numbers in the constants that it lifts. Buffers that no checkpoint holds get
-    their numbers.
-    """
-    made: dict[int, Any] = {}
+    """Give a skeleton on ``meta`` reserved memory; buffers that no checkpoint holds get their numbers."""
+    reserve(model)
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
                 if tensor is not None:
-                    own: Any = made[id(tensor)] if id(tensor) in made else _reserved(tensor)
-                    own._is_hf_initialized = name not in module._non_persistent_buffers_set
-                    made[id(tensor)] = made[id(own)] = own
-                    table[name] = own
+                    tensor._is_hf_initialized = name not in module._non_persistent_buffers_set
     model.initialize_weights()
-
-
-def _reserved(tensor: torch.Tensor) -> torch.Tensor:
-    own = torch.empty_like(tensor, device="cpu")
-    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own

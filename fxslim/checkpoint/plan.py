@@ -1,55 +1,63 @@
-"""Plan from a checkpoint's weights alone, one tensor at a time."""
+"""Plan for a checkpoint, by its weights alone or on calibration data, a few tensors at a time."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+import torch
 from typing_extensions import Unpack
 
 from fxslim import hf
-from fxslim.asked import Fractions, request_of
+from fxslim.api import planned
+from fxslim.asked import Asked, Wanted, wanted
 from fxslim.checkpoint.files import read_shards
 from fxslim.checkpoint.keys import Weights, keys_of, place
 from fxslim.errors import InputError
-from fxslim.passes import pipelines as lines
+from fxslim.lazy import KEPT
 from fxslim.plan import Plan
 from fxslim.program import Program
 
 
-def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked: Unpack[Fractions]) -> Plan:
-    """Choose what to take out of a checkpoint by the magnitude of its weights, without loading it.
+def plan_checkpoint(src: str | PathLike[str], *, progress: bool = False, **asked: Unpack[Asked]) -> Plan:
+    """Choose what to take out of a checkpoint without loading it: by magnitude, or by what calibration data shows.
 
-    The model is traced without its weights; then every tensor that decides anything is read, measured, and forgotten.
+    The model is traced without its weights; then every tensor that decides anything is read, used, and forgotten.
     The plan is the one that `fxslim.plan` makes of the loaded model.
 
     Args:
         src: a local folder with a dense checkpoint of transformers in safetensors files.
         progress: show a progress bar.
-        **asked: what to take out: see `fxslim.asked.Fractions`. Without any fraction, only what does nothing goes.
+        **asked: fractions or a target, and how to choose: see `fxslim.asked.Asked`. Without any, only what does
+            nothing goes.
 
     Raises:
         InputError: there is no such folder, files are missing, cut short or broken, or a weight holds NaN.
-        RequestError: a fraction is out of range, or a glob matches nothing.
+        RequestError: a fraction is out of range, a glob matches nothing, or a target is about time.
         UnsupportedModelError: the checkpoint is quantized, or transformers does not know its class.
     """
-    request = request_of(asked)
-    folder = folder_of(src)
-    shards = read_shards(folder)
+    return chosen(folder_of(src), wanted(asked), progress=progress)
+
+
+def chosen(
+    folder: Path,
+    want: Wanted,
+    *,
+    plan: Plan | None = None,
+    repaired: MutableMapping[str, torch.Tensor] | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Choose what to take out of a checkpoint, or repair what a plan leaves: see `fxslim.api.planned`."""
     skeleton = hf.skeleton(folder)
     place(skeleton)
-    keys = keys_of(skeleton, shards)
-    with bar(2, unit="step", visible=progress) as step:
-        facts = lines.inspecting().run(lines.subject(skeleton, None))
-        step(1)
-        program = facts.get(Program)
-        program = dataclasses.replace(program, tensors=Weights(keys, program.tensors))
-        chosen = lines.choosing(request, tuple(facts.known)).run(*facts.adding(program).known.values())
-        step(1)
-    return chosen.get(Plan)
+    keys = keys_of(skeleton, read_shards(folder))
+
+    def reading(program: Program) -> Weights:
+        return Weights(keys, program.tensors, kept=1 if want.recipe is None else KEPT)
+
+    return planned(skeleton, reading, want, plan=plan, repaired=repaired, progress=progress)
 
 
 def folder_of(src: str | PathLike[str]) -> Path:

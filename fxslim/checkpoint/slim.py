@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,26 @@ from typing_extensions import Unpack
 
 import fxslim
 from fxslim import api, hf
-from fxslim.asked import Fractions
+from fxslim.asked import Asked, wanted
 from fxslim.checkpoint.files import Shard, read_shards
-from fxslim.checkpoint.keys import Keys, Weights, keys_of
+from fxslim.checkpoint.keys import Keys, Weights, keys_of, repaired_keys
 from fxslim.checkpoint.layers import alike, check_alike, extended, shortened, without
-from fxslim.checkpoint.plan import bar, folder_of, plan_checkpoint
+from fxslim.checkpoint.plan import bar, chosen, folder_of
 from fxslim.checkpoint.shards import DONE, Written, targets, write_shards
 from fxslim.errors import InputError, PlanError
 from fxslim.folder import check_free, replacing
+from fxslim.lazy import Spilled
 from fxslim.passes.narrow import check_fits, replay
 from fxslim.passes.pad import padded
 from fxslim.passes.pipelines import check_plan
 from fxslim.passes.prepare import fingerprint
 from fxslim.plan import Plan
 from fxslim.sharing import named_once
+
+WITH_A_PLAN = {"calibration", "max_tokens", "repair", "propagate", "swaps", "seed"}
+"""What may come with a plan: how to repair what it leaves."""
+REPAIRED = ".repaired"
+"""Folder beside the shards for what was repaired, until they are written."""
 
 
 def slim_checkpoint(
@@ -38,21 +44,22 @@ def slim_checkpoint(
     *,
     progress: bool = False,
     force: bool = False,
-    **asked: Unpack[Fractions],
+    **asked: Unpack[Asked],
 ) -> Path:
     """Narrow a checkpoint without loading it, and write a folder like that of `fxslim.save_pretrained`.
 
     Shards are written one after the other into a hidden folder beside ``dst``, which takes its place when everything
-    is there and on disk. A run that was killed or failed goes on where it was when it is started again.
+    is there and on disk. A run that was killed or failed goes on where it was when it is started again, except with
+    ``calibration=``, whose data is read once and for all.
 
     Args:
         src: a local folder with a dense checkpoint of transformers in safetensors files.
         dst: where to; parents are made.
-        plan: what to take out; instead of a request. Without edits (see `Plan.edits`) they are found, and verified, on
-            one layer of every kind, which is loaded in float32.
+        plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired. Without edits (see
+            `Plan.edits`) they are found, and verified, on one layer of every kind, which is loaded in float32.
         progress: show a progress bar.
         force: replace a checkpoint that is there.
-        **asked: what to take out: see `fxslim.asked.Fractions`; the plan is then made by `plan_checkpoint`.
+        **asked: fractions or a target, and how to choose and repair: see `plan_checkpoint`.
 
     Returns:
         The folder, which `fxslim.from_pretrained` loads.
@@ -63,35 +70,43 @@ def slim_checkpoint(
         VerifyError: masked and narrowed layers differ.
         UnsupportedModelError: the checkpoint is quantized, or its tensors cannot be mapped onto the model's.
     """
-    if plan is not None and (asked or not isinstance(plan, Plan)):
-        raise InputError("give a fxslim Plan or a request, not both." if asked else "plan= takes a fxslim Plan.")
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError("plan= takes a fxslim Plan.")
+    if plan is not None and asked.keys() - WITH_A_PLAN:
+        raise InputError("give a fxslim Plan or a request, not both.")
+    want = wanted(asked, planned=plan is not None)
     source, target = folder_of(src), Path(dst).resolve()
     check_free(target, force=force)
     shards = read_shards(source)
-    job = _job(shards, plan, asked)
+    job = _job(shards, plan, asked) if want.data is None else None
     with replacing(target, force=force, job=job) as staging:
         finished = _earlier(staging)
-        if plan is None:
-            plan = finished or plan_checkpoint(source, progress=progress, **asked)
+        (staging / REPAIRED).mkdir(exist_ok=True)
+        repaired = Spilled(staging / REPAIRED)
+        if plan is None or want.data is not None:
+            plan = finished or chosen(source, want, plan=plan, repaired=repaired, progress=progress)
         skeleton = hf.skeleton(source)
         check_plan(plan, skeleton)
         check_fits(skeleton, plan)
         keys = keys_of(skeleton, shards)
         whole = finished or _edited(source, skeleton, plan, keys, progress=progress)
+        keys = repaired_keys(keys, repaired)
         aliases = named_once(skeleton)[1]
-        weights = Weights(keys, named_once(skeleton)[0])
+        weights = Weights(keys, named_once(skeleton)[0], kept=1)
         files = targets(shards, keys, whole, aliases)
         _check_space(staging, files)
         replay(skeleton, whole)
+        whole = whole.model_copy(update={"weights_changed": bool(repaired)})
         (staging / hf.PLAN_FILE).write_text(whole.to_json() + "\n", encoding="utf-8")
         with bar(sum(shard.bytes for shard in shards), unit="B", visible=progress) as step:
             write_shards(staging, files, weights, {"format": "pt"}, step)
         _describe(source, skeleton, whole, staging)
+        shutil.rmtree(staging / REPAIRED)
         (staging / DONE).unlink()
     return target
 
 
-def _job(shards: Sequence[Shard], plan: Plan | None, asked: Fractions) -> str:
+def _job(shards: Sequence[Shard], plan: Plan | None, asked: Mapping[str, object]) -> str:
     """Name what is done: another source, plan or version is another job."""
     files = [(str(shard.file.resolve()), shard.file.stat().st_size, shard.file.stat().st_mtime_ns) for shard in shards]
     text = json.dumps([fxslim.__version__, files, plan.to_json() if plan else repr(sorted(asked.items()))])

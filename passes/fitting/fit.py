@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -87,6 +87,8 @@ def fit(
     *,
     fixed: bool = False,
     progress: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
+    changed: MutableMapping[str, Tensor] | None = None,
 ) -> Fitted:
     """Choose what stays, and repair it.
 
@@ -100,8 +102,11 @@ def fit(
         masking: makes masks in the place of what goes.
         fixed: whether which ones is decided already.
         progress: whether to show a progress bar.
+        weights: the numbers, where the program's tensors hold shapes alone.
+        changed: where repaired tensors are put; by default, into memory.
     """
     subjects, notes = subjects_of(program, sites, unseen=bool(recipe.targets))
+    program = program if weights is None else replace(program, tensors=weights)
     names = list(subjects.sites)
     rows = rows_of(program, data.batches) if data is not None else None
     repairs = recipe.repair is not None and rows is not None
@@ -131,7 +136,7 @@ def fit(
         masks = masking([part for part in aside if not part.folds]) or Masks()
         parts, tensors, fits = repair(
             program, subjects, rows, mine, again, tick, masks=masks, how=recipe.repair,
-            propagate=recipe.propagate, swaps=recipe.swaps, seed=recipe.seed,
+            propagate=recipe.propagate, swaps=recipe.swaps, seed=recipe.seed, changed=changed,
         )  # fmt: skip
     return Fitted((*parts, *others), tensors, fits, (*notes, *_scarce(fits, recipe)), reached)
 
@@ -160,7 +165,7 @@ def weighted(program: Program, subjects: Subjects, rows: Rows, seed: int) -> Row
     """Return rows that count by how much the output depends on them; the sites' metrics are filled in."""
     if not subjects.seen:
         return rows
-    tape = Tape(program, [batch.inputs for batch in rows.batches], {n: t.detach() for n, t in program.tensors.items()})
+    tape = Tape(program, [batch.inputs for batch in rows.batches], program.tensors)
     found = sensitivity(tape, [one for own in subjects.reads.values() for one in own], rows, seed=seed)
     subjects.roots = found.roots
     return replace(rows, weights=found.weights)

@@ -40,8 +40,7 @@ def sums(
         dense.advance(first)
     ahead = tape.fork() if len(consumer.calls) > 1 else tape
     beside = dense.fork() if dense is not None and len(consumer.calls) > 1 else dense
-    weight = tape.tensors[consumer.weight]
-    total = Sums(weight.shape[consumer.dim], outputs, weight.device)
+    total = Sums(len(consumer.owner), outputs, tape.tensors[consumer.weight].device)
     in_order = [sorted(one.calls, key=lambda call: tape.place(call.node)) for one in (consumer, *others)]
     for calls in zip(*in_order, strict=True):
         call = calls[0]

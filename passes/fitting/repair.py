@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -44,7 +45,8 @@ def repair(
     propagate: bool = True,
     swaps: bool = True,
     seed: int,
-) -> tuple[tuple[SitePlan, ...], dict[str, Tensor], tuple[Fit, ...]]:
+    changed: MutableMapping[str, Tensor] | None = None,
+) -> tuple[tuple[SitePlan, ...], Mapping[str, Tensor], tuple[Fit, ...]]:
     """Fit what is left of every consumer to what brings its residual stream back to the dense model's.
 
     Its producers are fitted first, to what they make in the dense model of what they read there.
@@ -62,17 +64,18 @@ def repair(
             otherwise.
         swaps: whether the choice at a site is improved by swaps.
         seed: for what is drawn.
+        changed: where new tensors are put; nothing is there yet. By default, into memory.
 
     Returns:
         What stays, new tensors by canonical name, and what was done.
     """
     inputs = [batch.inputs for batch in rows.batches]
-    tensors: dict[str, Tensor] = dict(program.tensors)
+    changed = {} if changed is None else changed
+    tensors = ChainMap(changed, program.tensors)  # type: ignore[arg-type]  # only the first is written to
     dense = Tape(program, inputs, program.tensors)
     mine = Tape(program, inputs, tensors, masks) if propagate else Tape(program, inputs, program.tensors)
     parts: list[SitePlan] = []
     fits: list[Fit] = []
-    changed: dict[str, Tensor] = {}
     follows = how == "refit" and propagate
     scaled = {mine.place(norm.node): norm for norm in norms(program)} if follows else {}
 
@@ -80,7 +83,6 @@ def repair(
         """Fit the norms up to there."""
         for norm in between(scaled, mine.at, until) if changed else ():
             changed.update(refit_norm(norm, mine, dense, rows))
-            tensors.update(changed)
 
     for name, site in subjects.seen.items():
         tick(name)
@@ -89,8 +91,7 @@ def repair(
         if follows:
             for group in _groups(subjects.makes[name], mine, changed):
                 scale(min(mine.place(call.node) for call in group[0].calls))
-                changed |= _made(group, mine, dense, rows)
-                tensors.update(changed)
+                changed.update(_made(group, mine, dense, rows))
             scale(min(mine.place(call.node) for one in subjects.reads[name] for call in one.calls))
         reads, every = [], []
         for consumer in subjects.reads[name]:
@@ -113,8 +114,7 @@ def repair(
             left = left_of(consumer, part.keep).to(read.weight.device)
             halves = own.moments(0, centred=centred), own.moments(1, centred=centred)
             made = refit(*halves, read.moments, read.weight, left, torch.from_numpy(consumer.owner), how=how)
-            changed |= stored(consumer, made, left, tensors)
-            tensors.update(changed)
+            changed.update(stored(consumer, made, left, tensors))
             report = replace(report, error=made.error, plain=made.plain, how=made.how, ridge=made.ridge)
         parts.append(part)
         fits.append(report)

@@ -14,6 +14,7 @@ from fxslim.passes.fitting.outputs import draw_of, loss, size
 from fxslim.passes.fitting.processes import shared
 from fxslim.passes.fitting.sequences import Rows
 from fxslim.passes.fitting.tape import Tape
+from fxslim.program import shape_of
 
 FLOOR = 0.1
 """Least weight of a token, relative to the mean: what one output ignores may matter to another."""
@@ -52,12 +53,13 @@ def sensitivity(tape: Tape, consumers: Sequence[Consumer], rows: Rows, *, seed: 
     if not consumers:
         return Sensitivity()
     called = {call.node: (one, call) for one in consumers for call in one.calls}
-    full = sum(_outputs(tape, one) ** 2 for one in consumers) <= MOST_NUMBERS
+    full = sum(_outputs(one) ** 2 for one in consumers) <= MOST_NUMBERS
     norms: dict[fx.Node, list[Tensor]] = {node: [] for node in called}
     squares: dict[str, Tensor] = {}
     whole = torch.zeros(1, dtype=torch.float64)
+    detached = any(tensor.is_inference() for tensor in tape.tensors.values())
     for batch, given in enumerate(rows.batches):
-        made = _gradients(tape, called, rows, batch, draw_of(given.inputs, seed))
+        made = None if detached else _gradients(tape, called, rows, batch, draw_of(given.inputs, seed))
         if made is None:
             break
         found, of = made
@@ -78,9 +80,8 @@ def sensitivity(tape: Tape, consumers: Sequence[Consumer], rows: Rows, *, seed: 
     return Sensitivity(_weights(norms, called, rows), roots)
 
 
-def _outputs(tape: Tape, consumer: Consumer) -> int:
-    weight = tape.tensors[consumer.weight]
-    return weight.numel() // weight.shape[consumer.dim]
+def _outputs(consumer: Consumer) -> int:
+    return shape_of(consumer.calls[0].node)[consumer.calls[0].axis]
 
 
 def _gradients(
@@ -99,9 +100,6 @@ def _gradients(
         added[node] = torch.zeros_like(value, requires_grad=True)
         return value + added[node]
 
-    held = [*tape.tensors.values(), *(v for v in tape.values[batch].values() if isinstance(v, Tensor))]
-    if any(tensor.is_inference() for tensor in held):
-        return None
     with torch.enable_grad():
         output = tape.finish(batch, after=after)
         mask = rows.mask(tape.nodes[-1], batch)

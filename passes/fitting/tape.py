@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxslim.lazy import saved_by_name
 from fxslim.passes.annotate import ASSERTIONS, operation
 from fxslim.passes.emit import Caller, specs
 from fxslim.passes.masking import Masks
@@ -112,12 +113,22 @@ class Tape:
             after: called with every node and its tensor; what it returns is handed on.
         """
         values = dict(self.values[batch])
+        with saved_by_name(self.tensors):
+            return self._finished(values, intercept, read or {}, after)
+
+    def _finished(
+        self,
+        values: dict[fx.Node, Any],
+        intercept: Intercept | None,
+        read: Mapping[fx.Node, fx.Node],
+        after: Intercept | None,
+    ) -> Any:
         for i in range(self.at, len(self.nodes)):
             node = self.nodes[i]
             if node.op == "output":
                 leaves: Any = fx.map_arg(node.args[0], lambda n: self._value(n, values))
                 return pytree.tree_unflatten(list(leaves), self.program.call.out_spec)
-            if intercept is not None and read and node in read:
+            if intercept is not None and node in read:
                 held = self._value(read[node], values)
                 values[node] = self._compute(node, {**values, read[node]: intercept(node, held)})
             else:
@@ -137,7 +148,8 @@ class Tape:
         name = self.program.tensor_name(node)
         if name is None or node in values:
             return values[node]
-        return self.masks.tensors[name] if name in self.masks.tensors else self.tensors[name]
+        held = self.masks.tensors if name in self.masks.tensors else self.tensors
+        return held[name].detach()
 
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         for mask in self.masks.inputs.get(node, ()):
