@@ -1,14 +1,15 @@
 """How much faster narrowed models are, against the ideal (MACs dense / MACs narrowed), and how fast they write.
 
 ``python -m benchmarks.latency`` times a BERT-base with half of the FFN and half of the heads (dense, narrowed module,
-compiled graph) over a grid of batches and lengths, then a small Llama with grouped queries that generates; everything
-side by side in one process. It writes ``benchmarks/results/latency.{json,md,png}``; with ``--device cuda``, where
-models are larger and in bfloat16, ``latency-cuda.*``.
+compiled graph, optimized graph) over a grid of batches and lengths, then a small Llama with grouped queries that
+generates; everything side by side in one process. It writes ``benchmarks/results/latency.{json,md,png}``; with
+``--device cuda``, where models are larger and in bfloat16, ``latency-cuda.*``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from torch import nn
 
 import fxslim
 from benchmarks.environment import write_result
-from fxslim.harness import Benchmark
+from fxslim import timer
+from fxslim.harness import Benchmark, Point
 from fxslim.tables import Table
 
 BATCHES, LENGTHS = (1, 8), (16, 128, 512)
 ON_CPU: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8000}
 ON_GPU: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
 """Shapes of the Llama; eight heads on the CPU, thirty-two on a GPU, four queries to each key."""
-COLUMNS = ("variant", "batch#", "length#", "form", "ms#", "times faster#", "95 % interval#", "ideal#", "of ideal#")
+COLUMNS = ("variant", "batch#", "length#", "form", "ms#", "times faster#", "95 % interval#", "ideal#", "of ideal#",
+           "over the module#", "95 % interval#")  # fmt: skip
 
 
 def main() -> None:
@@ -58,7 +61,8 @@ def bert(device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[st
     small: Any = fxslim.slim(dense, ffn=0.5, heads=0.5)
     graph = fxslim.compile(dense, plan=small.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()}))
     ids = torch.arange(1000, 1016, device=device)[None]
-    return {"dense": dense, "module": small, "graph": graph}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    models = {"dense": dense, "module": small, "graph": graph, "optimized": fxslim.optimize(graph)}
+    return models, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def llama(device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[str, Any]]:
@@ -74,19 +78,28 @@ def llama(device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[s
     return {"dense": dense, "slim": fxslim.slim(dense, ffn=0.5, heads=0.5)}, inputs
 
 
+def compared(point: Point, dense: str) -> Iterator[tuple[Any, ...]]:
+    """Yield a row for each form: against the dense model, the ideal, and, within rounds, the narrowed module."""
+    for sample in point.timing.samples:
+        start = (point.variant, point.batch, point.length, sample.name, f"{sample.time.value * 1e3:.2f}")
+        if sample.name == dense:
+            yield (*start, *[""] * 6)
+            continue
+        ideal, speed = point.macs[dense] / point.macs["module"], sample.speedup
+        pairs = zip(point.timing["module"].seconds, sample.seconds, strict=True)
+        over = timer.estimate_median([module / own for module, own in pairs])
+        yield (*start, f"{speed.value:.3f}", interval(speed), f"{ideal:.3f}", f"{speed.value / ideal:.3f}",
+               *(("", "") if sample.name == "module" else (f"{over.value:.3f}", interval(over))))  # fmt: skip
+
+
+def interval(found: timer.Estimate) -> str:
+    """Lay an interval out."""
+    return f"{found.low:.3f} .. {found.high:.3f}"
+
+
 def report(name: str, found: Benchmark, written: Benchmark | None) -> None:
     """Write and print the tables."""
-    rows = []
-    for point in found.points:
-        for sample in point.timing.samples:
-            if sample.name == found.baseline:
-                rows.append((point.variant, point.batch, point.length, sample.name, f"{sample.time.value * 1e3:.2f}"))
-                rows[-1] += ("", "", "", "")
-                continue
-            ideal, speed = point.macs[found.baseline] / point.macs[sample.name], sample.speedup
-            rows.append((point.variant, point.batch, point.length, sample.name, f"{sample.time.value * 1e3:.2f}",
-                         f"{speed.value:.3f}", f"{speed.low:.3f} .. {speed.high:.3f}", f"{ideal:.3f}",
-                         f"{speed.value / ideal:.3f}"))  # fmt: skip
+    rows = [row for point in found.points for row in compared(point, found.baseline)]
     table = Table(COLUMNS, rows)
     parts = ["# Latency", "BERT-base with half of the FFN and half of the heads; interleaved, medians.",
              table.markdown(), *(f"* {line}" for line in found.parts() if isinstance(line, str))]  # fmt: skip
