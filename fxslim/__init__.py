@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
     from fxslim.export import export
+    from fxslim.harness import benchmark
     from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
     from fxslim.optimize import optimize
     from fxslim.plan import Plan
@@ -42,6 +43,7 @@ _HOMES = MappingProxyType(
         "draw": "fxslim.draw.write",
         "save_report": "fxslim.draw.page",
         "FxslimError": "fxslim.errors",
+        "benchmark": "fxslim.harness",
         "export": "fxslim.export",
         "optimize": "fxslim.optimize",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
@@ -67,6 +69,7 @@ __all__ = [
     "Transcript",
     "WeightMasks",
     "__version__",
+    "benchmark",
     "compile",
     "count",
     "draw",

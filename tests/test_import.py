@@ -52,7 +52,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"passes"}),
     frozenset({"asked", "api", "debug", "optimize"}),
-    frozenset({"training", "draw"}),
+    frozenset({"training", "draw", "harness"}),
     frozenset({"hf", "export", "checkpoint"}),
     frozenset({"cli", "demo"}),
     frozenset({"inc"}),
