@@ -85,7 +85,16 @@ class Run(fx.Interpreter):
 
 def storage(tensor: torch.Tensor) -> int:
     """Return what tensors over the same memory have in common."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
+
+
+def add(tensors: dict[str, torch.Tensor], kind: str, tensor: torch.Tensor) -> str:
+    """Keep a tensor under a name that is free; return the name."""
+    number = len(tensors)
+    while f"{kind}_{number}" in tensors:
+        number += 1
+    tensors[f"{kind}_{number}"] = tensor
+    return f"{kind}_{number}"
 
 
 def _tensor(graph: CompiledModule, name: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxslim.dtypes import limit_of
-from fxslim.passes.inference.draft import Draft, put, storage
+from fxslim.passes.inference.draft import Draft, add, put, storage
 from fxslim.pipeline import Facts
 
 SMALL = 1 << 20
@@ -50,10 +50,8 @@ class FoldConstants:
             if isinstance(value, PLAIN):
                 put(node, value)
             elif isinstance(value, torch.Tensor) and _fits(node, value, values):
-                name = f"constant_{len(tensors)}"
-                tensors[name] = value
                 with graph.inserting_before(node):
-                    made = graph.get_attr(name)
+                    made = graph.get_attr(add(tensors, "constant", value))
                 node.replace_all_uses_with(made)
                 graph.erase_node(node)
         return facts.adding(draft.holding(tensors))

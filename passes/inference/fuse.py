@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxslim.passes.inference.draft import Draft, storage
+from fxslim.passes.inference.draft import Draft, add, storage
 from fxslim.pipeline import Facts
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ class FuseLinears:
             return facts
         tensors = dict(draft.tensors)
         groups: list[tuple[Any, list[Linear]]] = []
-        reads = Counter(storage(tensors[node.target]) for node in draft.graph.find_nodes(op="get_attr"))
+        reads = Counter(storage(tensors[str(node.target)]) for node in draft.graph.find_nodes(op="get_attr"))
         for linear in filter(None, map(linear_of, draft.graph.nodes)):
             key = _key(linear, tensors, reads)
             if key is None or not groups or groups[-1][0] != key:
@@ -80,12 +80,13 @@ def linear_of(node: fx.Node) -> Linear | None:
     """Return a node as a product with a stored matrix, or None."""
     if node.op != "call_function" or node.kwargs:
         return None
+    args: tuple[Any, ...] = node.args
     if node.target is aten.linear.default:
-        operand, weight, bias, axis = node.args[0], node.args[1], (*node.args, None)[2], 0
+        operand, weight, bias, axis = args[0], args[1], (*args, None)[2], 0
     elif node.target is aten.addmm.default:
-        bias, operand, weight, axis = *node.args, 1
+        bias, operand, weight, axis = *args, 1
     elif node.target in (aten.mm.default, aten.matmul.default):
-        operand, weight, bias, axis = *node.args, None, 1
+        operand, weight, bias, axis = *args, None, 1
     else:
         return None
     stored = _is_stored(weight) and (bias is None or _is_stored(bias))
@@ -96,7 +97,8 @@ def _key(linear: Linear, tensors: Mapping[str, torch.Tensor], reads: Counter[int
     """Return what linears have in common that can be joined; None for one that cannot be."""
     stored = [tensors[str(node.target)] for node in linear.stored]
     alone = all(len(node.users) == 1 for node in linear.stored) and all(reads[storage(own)] == 1 for own in stored)
-    if not alone or [own.ndim for own in stored] not in ([2], [2, 1]):
+    sizes = [tuple(own.shape) for own in stored]
+    if not alone or len(sizes[0]) != 2 or any(size != (sizes[0][linear.axis],) for size in sizes[1:]):
         return None
     return linear.node.target, linear.operand, [(own.dtype, own.device) for own in stored]
 
@@ -108,21 +110,20 @@ def _is_stored(node: Any) -> bool:
 def _join(graph: fx.Graph, group: list[Linear], tensors: dict[str, torch.Tensor]) -> None:
     """Put one product and a split in the place of several products."""
     first = group[0]
-    sizes = [tensors[linear.weight.target].shape[linear.axis] for linear in group]
+    sizes = [tensors[str(linear.weight.target)].shape[linear.axis] for linear in group]
+    target: Any = first.node.target
 
     def together(nodes: list[fx.Node], axis: int) -> fx.Node:
-        name = f"joined_{len(tensors)}"
-        tensors[name] = torch.cat([tensors[node.target] for node in nodes], axis)
-        return graph.get_attr(name)
+        return graph.get_attr(add(tensors, "joined", torch.cat([tensors[str(node.target)] for node in nodes], axis)))
 
     with graph.inserting_before(first.node):
         weight = together([linear.weight for linear in group], first.axis)
         biases = [linear.bias for linear in group if linear.bias is not None]
-        if first.node.target is aten.addmm.default:
+        if target is aten.addmm.default:
             args: tuple[Any, ...] = (together(biases, 0), first.operand, weight)
         else:
             args = (first.operand, weight, *([together(biases, 0)] if biases else []))
-        product = graph.call_function(first.node.target, args)
+        product = graph.call_function(target, args)
         pieces = graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
         made = [graph.call_function(operator.getitem, (pieces, place)) for place in range(len(group))]
     for linear, piece in zip(group, made, strict=True):

@@ -50,7 +50,7 @@ class DropNeutral:
         seen = list(_seen(draft))
         for node in list(draft.graph.nodes):
             if node.op == "call_function" and _neutral(node, seen):
-                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                node.replace_all_uses_with(node.args[0])
                 draft.graph.erase_node(node)
         return facts.adding(draft.holding(draft.tensors))
 
