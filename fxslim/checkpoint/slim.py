@@ -81,7 +81,8 @@ def slim_checkpoint(
     job = _job(shards, plan, asked) if want.data is None else None
     with replacing(target, force=force, job=job) as staging:
         finished = _earlier(staging)
-        (staging / REPAIRED).mkdir(exist_ok=True)
+        if want.data is not None:
+            (staging / REPAIRED).mkdir()
         repaired = Spilled(staging / REPAIRED)
         if plan is None or want.data is not None:
             plan = finished or chosen(source, want, plan=plan, repaired=repaired, progress=progress)
@@ -101,7 +102,7 @@ def slim_checkpoint(
         with bar(sum(shard.bytes for shard in shards), unit="B", visible=progress) as step:
             write_shards(staging, files, weights, {"format": "pt"}, step)
         _describe(source, skeleton, whole, staging)
-        shutil.rmtree(staging / REPAIRED)
+        shutil.rmtree(staging / REPAIRED, ignore_errors=True)
         (staging / DONE).unlink()
     return target
 
