@@ -101,6 +101,22 @@ def test_one_layer_of_every_kind_is_loaded(tmp_path: Path) -> None:
     assert alike(model, plan) == {"model.layers.1": "model.layers.0"}
 
 
+def test_a_plan_that_knows_its_modules_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = built("llama_gqa")
+    model.save_pretrained(tmp_path / "dense")
+    fxslim.slim_checkpoint(tmp_path / "dense", tmp_path / "one", ffn=0.5)
+    plan = Plan.from_file(tmp_path / "one" / hf.PLAN_FILE)
+    assert plan.config and not plan.edits  # the config alone says what was found
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a layer was loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", load)
+    fxslim.slim_checkpoint(tmp_path / "dense", tmp_path / "other", plan)
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "other"))
+    assert_same_tensors(one, other)
+
+
 def test_constants_are_folded_into_biases(tmp_path: Path) -> None:
     model, _ = built("bert_classify")
     for layer in model.bert.encoder.layer:

@@ -55,8 +55,9 @@ def slim_checkpoint(
     Args:
         src: a local folder with a dense checkpoint of transformers in safetensors files.
         dst: where to; parents are made.
-        plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired. Without edits (see
-            `Plan.edits`) they are found, and verified, on one layer of every kind, which is loaded in float32.
+        plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired. A plan that says
+            nothing of modules (neither edits nor config, see `Plan`) is tried and verified on one layer of every kind,
+            which is loaded in float32 with what stands around the layers; the plan in a narrowed folder says it.
         progress: show a progress bar.
         force: replace a checkpoint that is there.
         **asked: fractions or a target, and how to choose and repair: see `plan_checkpoint`.
@@ -125,7 +126,7 @@ def _earlier(staging: Path) -> Plan | None:
 
 def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bool) -> Plan:
     """Return the plan with the edits that it needs, found and verified on one layer of every kind."""
-    if plan.edits or plan.spread or plan.zeroed or not plan.sites:
+    if plan.edits or plan.spread or plan.zeroed or plan.config or not plan.sites:
         return plan
     plan = padded(plan, {part.site.name: part.site for part in plan.sites})
     left_out = alike(skeleton, plan)
