@@ -107,20 +107,22 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Click where an element is."""
-        place = self.run(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return [r.x + r.width / 2, r.y + Math.min(r.height / 2, 14)]; })()"
-        )
+        x, y = self.place(selector)
         for kind in ("mousePressed", "mouseReleased"):
-            self.send("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def hover(self, selector: str) -> None:
         """Move the mouse over an element."""
-        place = self.run(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        x, y = self.place(selector)
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def place(self, selector: str) -> tuple[float, float]:
+        """Wait until an element is there, and return where it can be clicked."""
+        x, y = self.wait(
+            f"(() => {{ const r = document.querySelector({json.dumps(selector)})?.getBoundingClientRect();"
+            " return r && [r.x + r.width / 2, r.y + Math.min(r.height / 2, 14)]; })()"
         )
-        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
+        return x, y
 
     def type(self, text: str) -> None:
         """Type text into what has the focus."""

@@ -67,8 +67,21 @@ def main() -> None:
     lines = ["# Compile time", "", str(environment), "", f"Median of {options.runs} runs, each in a fresh process.", "",
              "| case | wall s | CPU s | peak GiB of the process |", "|---|---|---|---|", *rows]  # fmt: skip
     write_result("compile_time", payload={"environment": environment.to_json(), "results": results},
-                 markdown="\n".join(lines) + "\n")  # fmt: skip
+                 markdown="\n".join(lines) + "\n", figure=figure(results))  # fmt: skip
     print("\n".join(lines))
+
+
+def figure(results: dict[str, dict[str, Any]]) -> Any:
+    """Plot seconds and peaks, case by case."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(6, 2.6), layout="constrained")
+    for axes, key, label in zip(
+        made.subplots(1, 2), ("wall_seconds", "peak_gib"), ("seconds", "peak GiB"), strict=True
+    ):
+        axes.barh(list(results), [own[key] for own in results.values()])
+        axes.set_xlabel(label)
+    return made
 
 
 if __name__ == "__main__":

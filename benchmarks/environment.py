@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -11,11 +12,14 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxslim.folder import write_files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -74,11 +78,13 @@ class Environment:
         return asdict(self)
 
 
-def write_result(name: str, *, payload: Mapping[str, Any], markdown: str, folder: Path = RESULTS) -> tuple[Path, Path]:
-    """Write ``name.json`` (payload, date, environment) and ``name.md`` (text, date, environment).
+def write_result(
+    name: str, *, payload: Mapping[str, Any], markdown: str, figure: Figure | None = None, folder: Path = RESULTS
+) -> tuple[Path, Path]:
+    """Write ``name.json`` and ``name.md`` (payload or text, date, environment), and a plot as ``name.png``.
 
     A reader sees the old file or the new one, never half of one, and nothing is written if the payload is not plain
-    data. Returns both paths.
+    data. Returns the first two paths.
 
     Raises ``ValueError`` if the name is not made of lower-case letters, digits, ``-`` and ``_``, or if the payload
     holds NaN or an infinity; ``TypeError`` if it holds anything that JSON does not know.
@@ -91,7 +97,12 @@ def write_result(name: str, *, payload: Mapping[str, Any], markdown: str, folder
     text = f"{markdown.strip()}\n\n_{date}. {environment}._\n"
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{name}.json", folder / f"{name}.md"
-    write_files(dict(zip(paths, (data, text), strict=True)))
+    contents: dict[Path, str | bytes] = dict(zip(paths, (data, text), strict=True))
+    if figure is not None:
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
+        contents[folder / f"{name}.png"] = out.getvalue()
+    write_files(contents)
     return paths
 
 

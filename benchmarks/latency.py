@@ -1,62 +1,101 @@
-"""How much faster a narrowed BERT-base is, against the ideal (MACs dense / MACs narrowed).
+"""How much faster narrowed models are, against the ideal (MACs dense / MACs narrowed), and how fast they write.
 
-``python -m benchmarks.latency`` times the dense model, the narrowed module and the compiled graph side by side in one
-process and writes ``benchmarks/results/latency.{json,md}``.
+``python -m benchmarks.latency`` times a BERT-base with half of the FFN and half of the heads (dense, narrowed module,
+compiled graph) over a grid of batches and lengths, then a small Llama with grouped queries that generates; everything
+side by side in one process. It writes ``benchmarks/results/latency.{json,md,png}``; with ``--device cuda``, where
+models are larger and in bfloat16, ``latency-cuda.*``.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
-from benchmarks.environment import Environment, write_result
+import torch
+from torch import nn
 
-LENGTH = 128
+import fxslim
+from benchmarks.environment import write_result
+from fxslim.harness import Benchmark
+from fxslim.tables import Table
+
+BATCHES, LENGTHS = (1, 8), (16, 128, 512)
+ON_CPU: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8000}
+ON_GPU: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}
+"""Shapes of the Llama; eight heads on the CPU, thirty-two on a GPU, four queries to each key."""
+COLUMNS = ("variant", "batch#", "length#", "form", "ms#", "times faster#", "95 % interval#", "ideal#", "of ideal#")
 
 
 def main() -> None:
-    """Time batch 1 and 8."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=60.0, help="time for each batch size")
-    options = parser.parse_args()
-    import torch
+    """Time every point of the grid, then generation."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for each point")
+    parser.add_argument("--variants", nargs="+", help="see fxslim.benchmark; all that pay on the device by default")
+    parser.add_argument("--tokens", type=int, default=32, help="how many are generated; 0 for none")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    on_gpu = torch.device(given.device).type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    variants = given.variants or (["eager", "cuda-graph", "inductor"] if on_gpu else ["eager"])
+    timing = {"max_seconds": given.seconds, "target_ci": 0.01}
+    models, inputs = bert(given.device, dtype)
+    found = fxslim.benchmark(models, inputs, batches=given.batches, lengths=given.lengths, variants=variants, **timing)
+    written = None
+    if given.tokens:
+        models, inputs = llama(given.device, dtype)
+        written = fxslim.benchmark(models, inputs, generate=given.tokens, **timing)
+    report("latency-cuda" if on_gpu else "latency", found, written)
+
+
+def bert(device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Return a BERT-base in all its forms, and one row of one token to repeat."""
     from transformers import BertConfig, BertModel
 
-    import fxslim
-    from fxslim import count, timer
-
-    dense = BertModel(BertConfig()).eval()
+    torch.manual_seed(0)
+    dense = BertModel(BertConfig()).eval().to(device, dtype)
     small: Any = fxslim.slim(dense, ffn=0.5, heads=0.5)
     graph = fxslim.compile(dense, plan=small.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()}))
-    rows, results = [], []
-    for batch in options.batches:
-        ids = torch.arange(batch * LENGTH).reshape(batch, LENGTH) % 1000 + 1000
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with torch.inference_mode():
-            ideal = count.macs_of(dense, **inputs) / count.macs_of(small, **inputs)
-            timing = timer.compare(
-                {name: partial(m, **inputs) for name, m in (("dense", dense), ("module", small), ("graph", graph))},
-                max_seconds=options.seconds,
-                target_ci=0.01,
-            )
-        for name in ("module", "graph"):
-            speedup = timing[name].speedup
-            rows.append(
-                f"| {batch} | {name} | {timing['dense'].time.value * 1e3:.1f} | {timing[name].time.value * 1e3:.1f} "
-                f"| {speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}] | {ideal:.3f} "
-                f"| {speedup.value / ideal:.3f} |"
-            )
-        results.append({"batch": batch, "length": LENGTH, "ideal": ideal, "timing": timing.to_json()})
-    environment = Environment.collect()
-    lines = ["# Latency of BERT-base with half of the FFN and half of the heads", "", str(environment), "",
-             f"Sequence {LENGTH}, interleaved, medians, 95 % intervals of the paired ratio.", "",
-             "| batch | form | dense ms | narrowed ms | speed-up | ideal | of ideal |", "|---|---|---|---|---|---|---|",
-             *rows]  # fmt: skip
-    write_result("latency", payload={"environment": environment.to_json(), "results": results},
-                 markdown="\n".join(lines) + "\n")  # fmt: skip
-    print("\n".join(lines))
+    ids = torch.arange(1000, 1016, device=device)[None]
+    return {"dense": dense, "module": small, "graph": graph}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def llama(device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Return a Llama, dense and with half of the FFN and of the heads, and a prompt of 128 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape, heads = (ON_CPU, 8) if device == "cpu" else (ON_GPU, 32)
+    config = LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=heads // 4, eos_token_id=None)
+    dense = LlamaForCausalLM(config).eval().to(device, dtype)
+    ids = torch.arange(100, 228, device=device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {"dense": dense, "slim": fxslim.slim(dense, ffn=0.5, heads=0.5)}, inputs
+
+
+def report(name: str, found: Benchmark, written: Benchmark | None) -> None:
+    """Write and print the tables."""
+    rows = []
+    for point in found.points:
+        for sample in point.timing.samples:
+            if sample.name == found.baseline:
+                rows.append((point.variant, point.batch, point.length, sample.name, f"{sample.time.value * 1e3:.2f}"))
+                rows[-1] += ("", "", "", "")
+                continue
+            ideal, speed = point.macs[found.baseline] / point.macs[sample.name], sample.speedup
+            rows.append((point.variant, point.batch, point.length, sample.name, f"{sample.time.value * 1e3:.2f}",
+                         f"{speed.value:.3f}", f"{speed.low:.3f} .. {speed.high:.3f}", f"{ideal:.3f}",
+                         f"{speed.value / ideal:.3f}"))  # fmt: skip
+    table = Table(COLUMNS, rows)
+    parts = ["# Latency", "BERT-base with half of the FFN and half of the heads; interleaved, medians.",
+             table.markdown(), *(f"* {line}" for line in found.parts() if isinstance(line, str))]  # fmt: skip
+    if written is not None:
+        parts += ["## Writing", "A Llama with grouped queries, half of the FFN and of the heads, greedy, with a cache.",
+                  written.to_markdown()]  # fmt: skip
+    payload = {"forward": found.to_dict(), "generation": None if written is None else written.to_dict()}
+    write_result(name, payload=payload, markdown="\n\n".join(parts), figure=found.plot())
+    print("\n".join([str(table), *([] if written is None else [str(written)])]))
 
 
 if __name__ == "__main__":

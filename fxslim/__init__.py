@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxslim.draw.write import draw
     from fxslim.errors import FxslimError
     from fxslim.export import export
+    from fxslim.harness import benchmark
     from fxslim.hf import from_pretrained, push_to_hub, save_pretrained
     from fxslim.plan import Plan
     from fxslim.targets import macs, memory, params, speedup
@@ -41,6 +42,7 @@ _HOMES = MappingProxyType(
         "draw": "fxslim.draw.write",
         "save_report": "fxslim.draw.page",
         "FxslimError": "fxslim.errors",
+        "benchmark": "fxslim.harness",
         "export": "fxslim.export",
         **dict.fromkeys(("macs", "memory", "params", "speedup"), "fxslim.targets"),
         "Plan": "fxslim.plan",
@@ -65,6 +67,7 @@ __all__ = [
     "Transcript",
     "WeightMasks",
     "__version__",
+    "benchmark",
     "compile",
     "count",
     "draw",

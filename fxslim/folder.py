@@ -70,8 +70,8 @@ def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> I
             _tidy(folder, "resume")
 
 
-def write_files(contents: Mapping[Path, str]) -> None:
-    """Write text files, each in one step: a reader sees the old file or the new one.
+def write_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Write files (text as UTF-8), each in one step: a reader sees the old file or the new one.
 
     All are made beside their places first: if one cannot be, none is replaced.
 
@@ -81,7 +81,7 @@ def write_files(contents: Mapping[Path, str]) -> None:
     drafts = {path: path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial") for path in contents}
     try:
         for path, content in contents.items():
-            drafts[path].write_text(content, encoding="utf-8")
+            drafts[path].write_bytes(content.encode() if isinstance(content, str) else content)
             _sync_entry(drafts[path])
         for path, draft in drafts.items():
             draft.replace(path)

@@ -130,6 +130,7 @@ class Fit:
         plain: the same without repair.
         how: how it was repaired.
         ridge: with which ridge.
+        curve: (units that stay, expected damage) at a few places of the cost curve that was chosen from.
     """
 
     site: str
@@ -141,6 +142,7 @@ class Fit:
     plain: float = nan
     how: str = ""
     ridge: float = nan
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,14 @@ class Table:
         Console(file=out, width=WIDTH, no_color=True, highlight=False, emoji=False, markup=False).print(made)
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
+    def markdown(self) -> str:
+        """Return a Markdown table."""
+        heads = [column.removesuffix("#") for column in self.columns]
+        rule = ["---:" if column.endswith("#") else "---" for column in self.columns]
+        rows = [[_cell(cell).replace("|", r"\|") for cell in row] for row in (heads, rule, *self.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([f"**{self.title}**", "", *lines] if self.title else lines)
+
     def html(self) -> str:
         """Return an HTML table; every cell is text."""
         classes = [' class="number" style="text-align: right"' if c.endswith("#") else "" for c in self.columns]

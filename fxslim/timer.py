@@ -51,6 +51,10 @@ class Estimate:
         """Return the estimate of the reciprocal."""
         return Estimate(1 / self.value, 1 / self.high, 1 / self.low if self.low > 0 else math.inf)
 
+    def to_json(self) -> dict[str, float | None]:
+        """Return plain data; infinite bounds become None."""
+        return {name: bound if math.isfinite(bound) else None for name, bound in asdict(self).items()}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -135,9 +139,8 @@ class Timing:
     def to_json(self, *, raw: bool = False) -> dict[str, Any]:
         """Return plain data, with the time of every single round only if ``raw``; infinite bounds become None."""
         plain = asdict(self)
-        for sample in plain["samples"]:
-            for estimate in (sample["time"], sample["ratio"]):
-                estimate.update({key: bound if math.isfinite(bound) else None for key, bound in estimate.items()})
+        for sample, own in zip(plain["samples"], self.samples, strict=True):
+            sample |= {"time": own.time.to_json(), "ratio": own.ratio.to_json()}
             seconds = sample.pop("seconds")
             if raw:
                 sample["seconds"] = list(seconds)

@@ -811,7 +811,8 @@ def test_narrowing_in_place_leaves_a_config_that_others_share() -> None:
     assert small is model and model.config.intermediate_size < 64
     assert other.config.to_dict() == before and not hasattr(other.config, "fxslim")
     assert {id(module.config) for module in model.modules() if hasattr(module, "config")} == {id(model.config)}
-    assert fxslim.slim(other, ffn=0.5).config.intermediate_size == 64
+    assert fxslim.slim(other, ffn=0.5).config.intermediate_size == 32
+    assert other.config.to_dict() == before and not hasattr(other.config, "fxslim")
 
 
 @pytest.mark.parametrize("where", ["put", "own_config", "replay"])

@@ -350,24 +350,36 @@ def test_export_writes_what_the_narrowed_model_computes(small: Path, tmp_path: P
         assert torch.allclose(whole(**given)["logits"], fxslim.from_pretrained(small)(**given).logits, atol=1e-6)
 
 
-def test_bench_times_both_models(folder: Path, small: Path) -> None:
+def test_bench_times_both_models(folder: Path, small: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     options = ("--batch", 2, "--length", 5, "--seconds", 0.2, "--threads", 1)
+    files = [tmp_path / f"bench{ending}" for ending in (".json", ".md", ".png")]
     try:
-        result = run("bench", small, folder, *options, "--json")
-        alone = run("bench", small, *options)
+        result = run("bench", small, folder, *options, "--json", *(part for file in files for part in ("-o", file)))
+        alone = run("bench", small, *options, "--length", 7)
     finally:
         torch.set_num_threads(before)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert data["inputs"] == {"input_ids": [2, 5], "attention_mask": [2, 5]}
+    (point,) = data["points"]
+    assert (point["batch"], point["length"], point["variant"]) == (2, 5, "eager")
     dense, narrowed = dense_of(folder), fxslim.from_pretrained(small)
-    assert data["parameters"] == {"dense": dense.num_parameters(), "narrowed": narrowed.num_parameters()}
+    found = {name: size["parameters"] for name, size in data["sizes"].items()}
+    assert found == {"dense": dense.num_parameters(), "narrowed": narrowed.num_parameters()}
     ids = torch.ones(2, 5, dtype=torch.int64)
-    assert data["macs"]["narrowed"] == fxslim.count.macs_of(narrowed, input_ids=ids) < data["macs"]["dense"]
-    assert [sample["name"] for sample in data["timing"]["samples"]] == ["dense", "narrowed"]
-    assert data["timing"]["threads"] == 1
-    assert alone.exit_code == 0 and "dense:" not in alone.stdout
+    assert point["macs"]["narrowed"] == fxslim.count.macs_of(narrowed, input_ids=ids) < point["macs"]["dense"]
+    assert [sample["name"] for sample in point["timing"]["samples"]] == ["dense", "narrowed"]
+    assert point["timing"]["threads"] == 1
+    assert json.loads(files[0].read_text()) == {key: own for key, own in data.items() if key != "models"}
+    assert "| eager |" in files[1].read_text() and files[2].read_bytes().startswith(b"\x89PNG")
+    assert alone.exit_code == 0 and "the dense model that it was made of is not among those" in alone.stdout
+    lengths = [line.split()[2] for line in alone.stdout.splitlines() if line.split()[:1] == ["eager"]]
+    assert lengths == ["5", "7"]
+
+
+def test_bench_refuses_a_name_before_it_measures(small: Path, tmp_path: Path) -> None:
+    result = run("bench", small, "-o", tmp_path / "bench.xlsx", "--seconds", 1000)
+    assert result.exit_code == 1 and "is saved as .json, .md" in result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS[:-1])

@@ -54,7 +54,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"passes"}),
     frozenset({"asked", "api", "debug"}),
-    frozenset({"training", "draw"}),
+    frozenset({"training", "draw", "harness"}),
     frozenset({"hf", "export", "checkpoint"}),
     frozenset({"cli", "demo"}),
     frozenset({"inc"}),

@@ -66,7 +66,7 @@ def scores(found: Inspection) -> Figure:
 
 
 def damage(report: Report) -> Figure:
-    """Plot what taking units out was expected to cost the output at every site, at the level that was chosen.
+    """Plot what taking units out was expected to cost the output: the cost curve of every site, and the level chosen.
 
     Raises:
         InputError: nothing was measured: no budget was shared out on calibration data.
@@ -74,10 +74,15 @@ def damage(report: Report) -> Figure:
     fits = [fit for fit in report.fits if isfinite(fit.damage)]
     if not fits:
         raise InputError("this report holds no damage: it is measured where calibration= comes with a target=.")
-    figure, axes = _figure("Expected damage at the chosen level", "kept", "damage to the output")
+    figure, axes = _figure("Expected damage, and the level chosen", "kept", "damage to the output")
+    for fit in fits:
+        if fit.curve:
+            line = [(kept / fit.units, cost) for kept, cost in fit.curve]
+            axes.plot(*zip(*line, strict=True), "-", color=COLOURS.get(fit.kind), linewidth=0.8, alpha=0.6)
     for kind in dict.fromkeys(fit.kind for fit in fits):
         points = [(fit.kept / fit.units, fit.damage) for fit in fits if fit.kind == kind]
         axes.plot(*zip(*points, strict=True), "o", color=COLOURS.get(kind), label=kind, markersize=5)
+    axes.set_ylim(0, 4 * max(fit.damage for fit in fits) or None)
     _shares(axes, "x")
     return _legend(figure, axes)
 

@@ -18,6 +18,8 @@ from fxslim.report import Fit
 
 Chosen = Mapping[str, tuple[tuple[bool, int], ...]]
 """Site -> how many steps of which curves: of whole groups (True), then of single units (False)."""
+DRAWN = 17
+"""Most places of a curve that a report keeps."""
 
 
 @dataclass
@@ -122,4 +124,13 @@ def fit_of(subjects: Subjects, part: SitePlan, chosen: Chosen) -> Fit:
     taken = chosen.get(name, ())
     known = any(subjects.expected.get((name, groups)) for groups, _ in taken)
     damage = sum(subjects.damage(name, groups, steps) for groups, steps in taken) if known else math.nan
-    return Fit(name, part.site.kind, part.site.units, len(part.keep), damage)
+    curve = _drawn(subjects, part.site, taken[0][0]) if known and len(taken) == 1 else ()
+    return Fit(name, part.site.kind, part.site.units, len(part.keep), damage, curve=curve)
+
+
+def _drawn(subjects: Subjects, site: Site, groups: bool) -> tuple[tuple[int, float], ...]:
+    """Return (units that stay, expected damage to the output) at a few places of a curve, from all units down."""
+    steps = subjects.curves[site.name, groups].steps
+    gone = np.cumsum([0, *map(len, steps)])
+    places = np.unique(np.linspace(0, len(steps), DRAWN).round().astype(int)).tolist()
+    return tuple((site.units - int(gone[n]), subjects.damage(site.name, groups, n)) for n in places)

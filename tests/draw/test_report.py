@@ -5,6 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -103,8 +104,16 @@ def test_plots_hold_what_the_plan_says(calibrated: fxslim.Report) -> None:
         by_kind.setdefault(part.site.kind, []).append(len(part.keep) / part.site.units)
     assert lines == by_kind and min(min(ratios) for ratios in by_kind.values()) < 1
     assert plots.kept(calibrated.plan).axes[0].get_title(loc="left") == axes.get_title(loc="left")
-    points = [y for line in plots.damage(calibrated).axes[0].get_lines() for y in line.get_ydata()]
+    lines = plots.damage(calibrated).axes[0].get_lines()
+    points = [y for line in lines if line.get_marker() == "o" for y in line.get_ydata()]
     assert sorted(points) == sorted(fit.damage for fit in calibrated.fits)
+    curves = [line for line in lines if line.get_marker() == "None"]
+    assert len(curves) == len(calibrated.fits)
+    for fit, line in zip(calibrated.fits, curves, strict=True):
+        assert np.allclose(np.stack([line.get_xdata() * fit.units, line.get_ydata()], 1), np.array(fit.curve))
+        kept, costs = zip(*fit.curve, strict=True)
+        assert kept[0] == fit.units and costs[0] == 0.0
+        assert np.interp(-fit.kept, -np.array(kept), costs) == pytest.approx(fit.damage, rel=0.3)
     sliced, repaired = plots.repair(calibrated).axes[0].get_lines()
     assert list(sliced.get_ydata()) == [fit.plain for fit in calibrated.fits]
     assert list(repaired.get_ydata()) == [fit.error for fit in calibrated.fits]

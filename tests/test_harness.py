@@ -1,0 +1,175 @@
+"""The benchmark harness: what it counts, what it refuses, what it prints. Nothing here asserts a speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import fxslim
+from fxslim.errors import InputError, VerifyError
+from fxslim.harness.memory import peak_bytes
+from fxslim.harness.sizes import resized
+from fxslim.timer import estimate_median
+
+QUICK: dict[str, Any] = {"max_seconds": 0.05}
+D, F, LAYERS = 16, 24, 2
+
+
+@pytest.fixture(scope="module")
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=4,
+                        intermediate_size=F, max_position_embeddings=32)  # fmt: skip
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+@pytest.fixture(scope="module")
+def slim(bert: BertModel) -> Any:
+    return fxslim.slim(bert, ffn=0.5, heads=0.5)
+
+
+def test_inputs_are_repeated_and_cut() -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    given = {"input_ids": ids, "mask": ids > 0, "scale": torch.tensor(2.0), "pixels": torch.ones(2, 4, 3)}
+    made = resized(given, batch=3, length=5)
+    assert made["input_ids"].tolist() == [[1, 2, 3, 1, 2], [4, 5, 6, 4, 5], [1, 2, 3, 1, 2]]
+    assert made["mask"].shape == (3, 5)
+    assert made["pixels"].shape == (3, 4, 3)
+    assert made["scale"] is given["scale"]
+    with pytest.raises(InputError, match="none of these is a matrix"):
+        resized({"x": torch.ones(2, 3)}, length=4)
+    with pytest.raises(InputError, match=r"sizes \[2, 3\]"):
+        resized({"x": torch.ones(2, 3), "y": torch.ones(3, 3)}, batch=4)
+
+
+def test_a_peak_is_what_lives_at_once() -> None:
+    class Steps(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + 1  # 4000 bytes
+            z = y.double()  # 8000, with y
+            del y
+            return z.float().view(10, 100)  # 4000, with z
+
+    module, x = Steps(), torch.zeros(1000)
+    assert peak_bytes(lambda: module(x), torch.device("cpu")) == 12000
+
+
+def test_what_is_counted(bert: BertModel, slim: Any, tmp_path: Path) -> None:
+    found = fxslim.benchmark({"dense": bert, "slim": slim}, batches=[1, 3], lengths=[4], **QUICK)
+    assert [(point.batch, point.length, point.variant) for point in found.points] == [(1, 4, "eager"), (3, 4, "eager")]
+    for point in found.points:
+        tokens = point.batch * 4
+        full, half = (
+            LAYERS * tokens * (4 * D * width + 2 * D * hidden + 2 * 4 * width)
+            for width, hidden in ((D, F), (D // 2, F // 2))
+        )
+        assert point.macs == {"dense": full, "slim": half}
+        assert point.peak["slim"] < point.peak["dense"]
+        assert {sample.name for sample in point.timing.samples} == {"dense", "slim"}
+    for name, model in (("dense", bert), ("slim", slim)):
+        tensors = {key: value.contiguous() for key, value in model.named_parameters()}
+        save_file(tensors, tmp_path / "own.safetensors")
+        size = (tmp_path / "own.safetensors").stat().st_size
+        head = int.from_bytes((tmp_path / "own.safetensors").read_bytes()[:8], "little")
+        assert found.sizes[name].bytes == size - head - 8
+        assert found.sizes[name].parameters == sum(p.numel() for p in model.parameters())
+    assert found.notes == ()
+    assert not slim.training
+
+
+def test_the_graph_is_compared_as_well(bert: BertModel, slim: Any) -> None:
+    plan = slim.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()})
+    graph = fxslim.compile(bert, plan=plan)
+    found = fxslim.benchmark({"slim": slim, "graph": graph}, batches=[2], **QUICK)
+    assert found.points[0].macs["slim"] == found.points[0].macs["graph"]
+    assert found.notes == ("slim: the dense model that it was made of is not among those compared",)
+
+
+@pytest.mark.parametrize("among", ["dense", "graph"])
+def test_models_that_should_agree_and_do_not_are_refused(bert: BertModel, slim: Any, among: str) -> None:
+    plan = slim.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()})
+    wrong: Any = fxslim.slim(bert, plan=slim.fxslim.plan)
+    with torch.no_grad():
+        wrong.encoder.layer[1].output.dense.bias[0] += 0.1  # of all alike, a norm would see nothing
+    other = bert if among == "dense" else fxslim.compile(bert, plan=plan)
+    models = {"first": other, "second": wrong}
+    with pytest.raises(VerifyError, match="check=False"):
+        fxslim.benchmark(models, **QUICK)
+    assert fxslim.benchmark(models, check=False, **QUICK).points
+
+
+def test_a_repaired_model_is_compared_with_nothing(bert: BertModel) -> None:
+    data = [{"input_ids": torch.randint(0, 50, (8, 6), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    small = fxslim.slim(bert, calibration=data, ffn=0.5)
+    found = fxslim.benchmark({"dense": bert, "slim": small}, **QUICK)
+    assert found.notes == ("slim: its weights were repaired, so that no dense model computes the same",)
+
+
+def test_half_precision_is_a_copy(bert: BertModel, slim: Any) -> None:
+    found = fxslim.benchmark({"dense": bert, "slim": slim}, variants=["eager", "bf16"], **QUICK)
+    assert [point.variant for point in found.points] == ["eager", "bf16"]
+    assert {p.dtype for p in bert.parameters()} == {torch.float32}
+    assert found.dtype == {"dense": "float32", "slim": "float32"}
+
+
+def test_reading_and_writing_are_told_apart() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=D, n_layer=1, n_head=4, vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    found = fxslim.benchmark({"dense": model}, batches=[2], lengths=[5], generate=3, max_seconds=0.5)
+    (made,) = found.generation
+    assert (made.batch, made.prompt, made.tokens) == (2, 5, 3)
+    one, four = (made.timing[f"dense {new}"].seconds for new in (1, 4))
+    assert made.prefill["dense"] == estimate_median([2 * 5 / s for s in one])
+    assert made.decode["dense"].value > 0
+    assert len(one) == len(four)
+    with pytest.raises(InputError, match="generate="):
+        fxslim.benchmark({"dense": nn.Linear(2, 2)}, torch.ones(2, 2), generate=3, **QUICK)
+
+
+def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any, tmp_path: Path) -> None:
+    found = fxslim.benchmark({"dense": bert, "slim": slim}, batches=[1], lengths=[4], **QUICK)
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["sizes"]["slim"]["parameters"] == found.sizes["slim"].parameters
+    text = found.to_markdown()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| eager")
+    ]  # the table of points
+    assert [row[3] for row in rows] == ["dense", "slim"]
+    assert [row[8] for row in rows] == [f"{found.points[0].macs[name]:,}" for name in ("dense", "slim")]
+    for ending, start in ((".json", b"{"), (".md", b"| model"), (".html", b"<!doctype"), (".svg", b"<?xml")):
+        assert found.save(tmp_path / f"b{ending}").read_bytes().startswith(start)
+    with pytest.raises(InputError, match="is saved as"):
+        found.save(tmp_path / "b.xlsx")
+    assert "times faster" in str(found)
+    assert "time was up" in str(found)  # in a twentieth of a second
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"baseline": "other"}, "baseline='other' is not among"),
+        ({"batches": [0]}, r"batches=0"),
+        ({"lengths": [2.5]}, r"lengths=2.5"),
+        ({"variants": "fp8"}, "is none of eager"),
+        ({"variants": "cuda-graph"}, "needs models on CUDA"),
+        ({"generate": -1}, "generate=-1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(bert: BertModel, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        fxslim.benchmark({"dense": bert}, **asked)
+
+
+def test_no_models_are_refused() -> None:
+    with pytest.raises(InputError, match="takes a dict"):
+        fxslim.benchmark({})
