@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks.processes import fresh, measured
 
-SHAPE = {"hidden_size": 768, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 12,
+SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 12,
          "num_key_value_heads": 12, "vocab_size": 2000, "max_position_embeddings": 512}  # fmt: skip
-ASKED = {"ffn": 0.5, "heads": 0.5}
+ASKED: dict[str, Any] = {"ffn": 0.5, "heads": 0.5, "method": "wanda"}
 BATCHES, ROWS, LENGTH = 4, 4, 32
 WAYS = {
     "imports": "nothing but imports",
