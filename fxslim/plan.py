@@ -479,6 +479,7 @@ class Plan(Shown, Frozen):
         notes: what was asked for and not done, with its reason.
         weights_changed: whether repaired weights are part of the result; always False without repair.
         config: path of a config field -> its old and its new value, where the narrowed model's config says its sizes.
+        tried: whether edits were looked for and verified on layers of a checkpoint, so that none are missing.
     """
 
     schema_version: Literal[1] = 1
@@ -494,6 +495,7 @@ class Plan(Shown, Frozen):
     notes: tuple[Note, ...] = ()
     weights_changed: bool = False
     config: dict[FieldPath, tuple[Whole, Whole]] = Field(default_factory=dict)
+    tried: bool = False
 
     @model_validator(mode="after")
     def _sound(self) -> Plan:
@@ -594,6 +596,7 @@ class Plan(Shown, Frozen):
                 "notes": (*self.notes, *other.notes),
                 "weights_changed": self.weights_changed or other.weights_changed,
                 "config": _joined_fields(self.config, other.config),
+                "tried": self.tried and other.tried,
             }
         )
 

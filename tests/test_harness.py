@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
 
 import fxslim
 from fxslim.errors import InputError, VerifyError
+from fxslim.harness.generation import rate
 from fxslim.harness.memory import peak_bytes
 from fxslim.harness.sizes import resized
 from fxslim.timer import estimate_median
@@ -45,7 +48,7 @@ def test_inputs_are_repeated_and_cut() -> None:
     assert made["scale"] is given["scale"]
     with pytest.raises(InputError, match="none of these is a matrix"):
         resized({"x": torch.ones(2, 3)}, length=4)
-    with pytest.raises(InputError, match=r"sizes \[2, 3\]"):
+    with pytest.raises(InputError, match="these do not"):
         resized({"x": torch.ones(2, 3), "y": torch.ones(3, 3)}, batch=4)
 
 
@@ -113,7 +116,13 @@ def test_a_repaired_model_is_compared_with_nothing(bert: BertModel) -> None:
 
 
 def test_half_precision_is_a_copy(bert: BertModel, slim: Any) -> None:
+    seen: set[torch.dtype] = set()
+    hook = slim.encoder.layer[0].output.dense.register_forward_hook(lambda *given: seen.add(given[2].dtype))
     found = fxslim.benchmark({"dense": bert, "slim": slim}, variants=["eager", "bf16"], **QUICK)
+    hook.remove()
+    assert seen == {torch.float32, torch.bfloat16}
+    eager, half = (point.peak["slim"] for point in found.points)
+    assert eager is not None and half is not None and half < eager
     assert [point.variant for point in found.points] == ["eager", "bf16"]
     assert {p.dtype for p in bert.parameters()} == {torch.float32}
     assert found.dtype == {"dense": "float32", "slim": "float32"}
@@ -128,10 +137,29 @@ def test_reading_and_writing_are_told_apart() -> None:
     assert (made.batch, made.prompt, made.tokens) == (2, 5, 3)
     one, four = (made.timing[f"dense {new}"].seconds for new in (1, 4))
     assert made.prefill["dense"] == estimate_median([2 * 5 / s for s in one])
-    assert made.decode["dense"].value > 0
-    assert len(one) == len(four)
+    assert made.decode["dense"] == rate(four, one, 2 * 3, made.timing.confidence)
     with pytest.raises(InputError, match="generate="):
         fxslim.benchmark({"dense": nn.Linear(2, 2)}, torch.ones(2, 2), generate=3, **QUICK)
+
+
+def test_what_is_smaller_than_the_noise_is_not_resolved() -> None:
+    one, three = (1.0, 1.3, 1.0, 1.2), (1.1, 1.2, 0.9, 1.1)
+    assert math.isnan(rate(three, one, 2, 0.95).value)
+    shorter, longer = [1.0] * 9, [1.0 + 0.1 * i for i in range(1, 10)]
+    found, differences = rate(longer, shorter, 3, 0.95), estimate_median([b - a for a, b in zip(shorter, longer)])  # noqa: B905
+    assert found.value == pytest.approx(3 / differences.value)
+    assert (found.low, found.high) == pytest.approx((3 / differences.high, 3 / differences.low))
+
+
+def test_a_cache_is_used_whatever_the_config_says() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=D, n_layer=1, n_head=4, vocab_size=50, n_positions=32, use_cache=False, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    read: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
+    model.generation_config.use_cache = False
+    fxslim.benchmark({"dense": model}, lengths=[5], generate=2, check=False, **QUICK)
+    assert {tuple(read[i : i + 3]) for i in range(len(read) - 2)} >= {(5, 1, 1)} or read.count(1) >= 2, read
 
 
 def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any, tmp_path: Path) -> None:
@@ -168,6 +196,52 @@ def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any, tmp_path: Pa
 def test_what_makes_no_sense_is_refused(bert: BertModel, asked: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         fxslim.benchmark({"dense": bert}, **asked)
+
+
+def test_modes_are_left_as_they_were(bert: BertModel) -> None:
+    model = copy.deepcopy(bert).train()
+    model.encoder.layer[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    fxslim.benchmark({"dense": model}, **QUICK)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_models_without_weights_and_inputs_that_change_are_refused(bert: BertModel) -> None:
+    with pytest.raises(InputError, match="on one device, with weights"):
+        fxslim.benchmark({"dense": copy.deepcopy(bert).to("meta")}, **QUICK)
+    given = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "past_key_values": DynamicCache()}
+    with pytest.raises(InputError, match="a DynamicCache may change"):
+        fxslim.benchmark({"dense": bert}, given, **QUICK)
+
+
+def test_inputs_need_not_share_a_batch(bert: BertModel) -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x.sum() + y.sum()
+
+    given = {"x": torch.ones(2, 3), "y": torch.ones(3, 3)}
+    assert fxslim.benchmark({"sum": Sum()}, given, **QUICK).points[0].batch is None
+    rows = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "position_ids": torch.arange(5)[None]}
+    assert fxslim.benchmark({"dense": bert}, rows, **QUICK).points[0].batch == 2
+
+
+def test_the_first_inputs_that_a_model_runs_on_are_taken() -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=50, d_model=D, d_kv=4, d_ff=F, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    assert fxslim.benchmark({"dense": T5Model(config)}, **QUICK).points
+
+
+def test_what_nobody_compared_is_said(bert: BertModel) -> None:
+    found = fxslim.benchmark({"dense": bert, "other": copy.deepcopy(bert)}, **QUICK)
+    assert found.notes == ("other: fxslim made it of none of these; what it computes is its own",)
+
+
+def test_variants_that_cannot_be_had_are_noted(bert: BertModel, slim: Any) -> None:
+    plan = slim.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()})
+    fast = fxslim.optimize(fxslim.compile(bert, plan=plan))
+    found = fxslim.benchmark({"dense": bert, "fast": fast}, variants=["eager", "bf16"], **QUICK)
+    assert [sorted(point.macs) for point in found.points] == [["dense", "fast"], ["dense"]]
+    assert any(note.startswith("fast, bf16:") for note in found.notes)
 
 
 def test_no_models_are_refused() -> None:

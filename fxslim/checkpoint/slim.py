@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -55,9 +56,9 @@ def slim_checkpoint(
     Args:
         src: a local folder with a dense checkpoint of transformers in safetensors files.
         dst: where to; parents are made.
-        plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired. A plan that says
-            nothing of modules (neither edits nor config, see `Plan`) is tried and verified on one layer of every kind,
-            which is loaded in float32 with what stands around the layers; the plan in a narrowed folder says it.
+        plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired. A plan
+            without edits (see `Plan`) is tried and verified on one layer of every kind, which is loaded in float32 with
+            what stands around the layers, unless that was done: the plan in a narrowed folder says so.
         progress: show a progress bar.
         force: replace a checkpoint that is there.
         **asked: fractions or a target, and how to choose and repair: see `plan_checkpoint`.
@@ -126,7 +127,7 @@ def _earlier(staging: Path) -> Plan | None:
 
 def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bool) -> Plan:
     """Return the plan with the edits that it needs, found and verified on one layer of every kind."""
-    if plan.edits or plan.spread or plan.zeroed or plan.config or not plan.sites:
+    if plan.tried or plan.edits or plan.spread or plan.zeroed or not plan.sites:
         return plan
     plan = padded(plan, {part.site.name: part.site for part in plan.sites})
     left_out = alike(skeleton, plan)
@@ -139,6 +140,7 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bo
     small: Any = api.slim(few, plan=part, progress=progress)
     found: Plan = small.fxslim.plan
     del few, small
+    gc.collect()  # what a trace leaves refers to itself
     if [own.model_copy(update={"folds": ()}) for own in found.sites] != [
         own.model_copy(update={"folds": ()}) for own in part.sites
     ]:
@@ -147,7 +149,7 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bo
     narrowed = hf.skeleton(source)
     replay(narrowed, whole)
     check_alike(narrowed, left_out)
-    return whole
+    return whole.model_copy(update={"tried": True})
 
 
 def _check_space(staging: Path, files: dict[str, list[Written]]) -> None:

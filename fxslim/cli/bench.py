@@ -25,7 +25,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows, 1 by default; can be repeated.")] = None,
     length: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens in a row, of models that read tokens: 128 by default; can be repeated."),
+        typer.Option(min=1, help="Tokens in a row: 128 by default, or as many as the model takes; can be repeated."),
     ] = None,
     variant: Annotated[
         list[str] | None,
@@ -61,11 +61,11 @@ def bench(
         named = {name: place for name, place in (("dense", dense), ("narrowed", folder)) if place is not None}
         models = {name: load(place, dtype).eval() for name, place in named.items()}
         tokens = length_of(bind(models["narrowed"], None)[0]) is not None
+        most = getattr(models["narrowed"].config, "max_position_embeddings", None) or 128
         stage("timing")
-        found = fxslim.benchmark(
-            models, batches=batch or [1], lengths=(length or [128]) if tokens else (), variants=variant or "eager",
-            generate=generate, check=check, max_seconds=seconds,
-        )  # fmt: skip
+        lengths = length or ([min(128, most)] if tokens else [])
+        found = fxslim.benchmark(models, batches=batch or [1], lengths=lengths, variants=variant or "eager",
+                                 generate=generate, check=check, max_seconds=seconds)  # fmt: skip
     for path in output or ():
         found.save(path)
     show({"models": named, **found.to_dict()}, str(found), as_json=as_json)

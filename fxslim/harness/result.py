@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -39,18 +40,19 @@ class Point:
 
     Attributes:
         variant: how the models were run; see `fxslim.harness.variants`.
-        batch: rows.
+        batch: rows; None where inputs share none.
         length: tokens in a row; None where inputs have none.
         macs: model -> multiply-accumulates of one forward.
-        peak: model -> bytes of tensors that one forward holds at a time beyond the weights.
+        peak: model -> bytes of tensors that one forward holds at a time beyond the weights; None where that is not
+            seen (generated code on a CPU, CUDA graphs).
         timing: times and ratios to the baseline.
     """
 
     variant: str
-    batch: int
+    batch: int | None
     length: int | None
     macs: Mapping[str, int]
-    peak: Mapping[str, int]
+    peak: Mapping[str, int | None]
     timing: Timing
 
 
@@ -65,6 +67,7 @@ class Generation:
         prefill: model -> tokens of the prompt a second.
         decode: model -> new tokens a second, over all rows.
         timing: what was timed: ``NAME 1`` and ``NAME N`` new tokens.
+        left_out: models that cannot generate.
     """
 
     batch: int
@@ -73,6 +76,7 @@ class Generation:
     prefill: Mapping[str, Estimate]
     decode: Mapping[str, Estimate]
     timing: Timing
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Benchmark(Shown):
     @property
     def converged(self) -> bool:
         """Tell whether every ratio's interval became as narrow as was asked."""
-        return all(point.timing.converged for point in self.points)
+        return all(one.timing.converged for one in (*self.points, *self.generation))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -152,7 +156,10 @@ class Benchmark(Shown):
         for i, name in enumerate(names):
             speed = [point.timing[name].speedup for point in self.points]
             places = [at + 0.8 * (i + 0.5) / len(names) - 0.4 for at in range(len(speed))]
-            spread = [[s.value - s.low for s in speed], [s.high - s.value for s in speed]]
+            spread = [
+                [s.value - s.low for s in speed],
+                [s.high - s.value if math.isfinite(s.high) else 0 for s in speed],
+            ]
             axes.bar(places, [s.value for s in speed], 0.8 / len(names), yerr=spread, capsize=2, label=name)
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set_xticks(range(len(self.points)), [_where(point) for point in self.points], rotation=30, ha="right")
@@ -178,8 +185,12 @@ class Benchmark(Shown):
         how = f"interleaved, medians, {first.confidence:.0%} intervals"
         said = [f"{first.device}, {first.threads} threads, torch {first.torch_version}; {how}"]
         slow = [_where(point) for point in self.points if not point.timing.converged]
+        slow += [f"generation {g.batch} x {g.prompt}" for g in self.generation if not g.timing.converged]
         if slow:
-            said.append(f"time was up before ratios were known to {first.target_ci:.1%}: {', '.join(slow)}")
+            what = "times" if len(self.sizes) == 1 else "ratios"
+            said.append(f"time was up before {what} were known to {first.target_ci:.1%}: {', '.join(slow)}")
+        dropped = dict.fromkeys(name for g in self.generation for name in g.left_out)
+        said += [f"{name} does not generate" for name in dropped]
         return [*said, *(f"not compared: {note}" for note in self.notes)]
 
 
@@ -202,18 +213,20 @@ def _rows(point: Point) -> list[tuple[Any, ...]]:
         time = [1e3 * seconds for seconds in (sample.time.value, sample.time.low, sample.time.high)]
         speed = sample.speedup
         rows.append((
-            point.variant, point.batch, "" if point.length is None else point.length, sample.name,
+            point.variant, *("" if size is None else size for size in (point.batch, point.length)), sample.name,
             f"{time[0]:.3g}", f"{time[1]:.3g} .. {time[2]:.3g}", f"{speed.value:.3f}",
             f"{speed.low:.3f} .. {speed.high:.3f}", point.macs[sample.name],
-            f"{point.peak[sample.name] / MEGABYTE:,.1f}",
+            "" if (peak := point.peak[sample.name]) is None else f"{peak / MEGABYTE:,.1f}",
         ))  # fmt: skip
     return rows
 
 
 def _where(point: Point) -> str:
-    size = str(point.batch) if point.length is None else f"{point.batch} x {point.length}"
+    size = " x ".join(str(size) for size in (point.batch, point.length) if size is not None) or "as given"
     return size if point.variant == "eager" else f"{size}, {point.variant}"
 
 
 def _interval(rate: Estimate) -> str:
+    if math.isnan(rate.value):
+        return "not resolved"
     return f"{rate.value:,.1f} [{rate.low:,.1f}, {rate.high:,.1f}]"

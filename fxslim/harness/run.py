@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from torch import nn
 
 from fxslim import count, timer
-from fxslim.errors import InputError
+from fxslim.errors import FxslimError, InputError
 from fxslim.harness.agree import check_agreement
 from fxslim.harness.generation import generation
 from fxslim.harness.memory import peak_bytes
 from fxslim.harness.result import Benchmark, Generation, Point, Size
 from fxslim.harness.sizes import batch_of, length_of, resized
-from fxslim.harness.variants import call_of, check_variants, prepared
+from fxslim.harness.variants import call_of, check_variants, compiling, counted, prepared
 from fxslim.inputs import bind
+from fxslim.passes.paths import Path
+from fxslim.sharing import evaluating
 
 
 def benchmark(
@@ -55,7 +58,7 @@ def benchmark(
 
     Raises:
         InputError: names, sizes or inputs make no sense.
-        VerifyError: models that should compute the same do not; see ``check``.
+        DisagreementError: models that should compute the same do not; see ``check``.
     """
     if not models or not all(isinstance(model, nn.Module) for model in models.values()):
         raise InputError("benchmark() takes a dict of names and models: {'dense': model, 'slim': small}.")
@@ -64,57 +67,80 @@ def benchmark(
         raise InputError(f"baseline={first!r} is not among the models: {', '.join(models)}.")
     if isinstance(generate, bool) or generate < 0:
         raise InputError(f"generate={generate!r}: give a number of new tokens, or 0.")
-    given = _bound(models, inputs)
-    device = next((p.device for p in models[first].parameters()), torch.device("cpu"))
+    device = _device(models)
     kinds = (variants,) if isinstance(variants, str) else tuple(variants)
     check_variants(kinds, device)
     grid = [*product(_sizes("batches", batches), _sizes("lengths", lengths))]
     asked = {"baseline": first, "target_ci": target_ci, "max_seconds": max_seconds, "device": device,
              "progress": progress}  # fmt: skip
-    modes = {name: model.training for name, model in models.items()}
-    try:
+    with ExitStack() as modes:
         for model in models.values():
-            model.eval()
+            modes.enter_context(evaluating(model))
+        given = _bound(models, inputs)
+        notes = [*(check_agreement(models, given, first) if check else ())]
+        ways = {kind: _prepared(models, kind, first, notes) for kind in kinds}
         with torch.inference_mode():
-            notes = check_agreement(models, given) if check else ()
-            points = [point for kind in kinds for point in _points(models, given, grid, kind, device, asked)]
+            points = [point for kind, own in ways.items() for point in _points(own, models, given, grid, kind, asked)]
             written = _generations(models, given, grid, generate, asked) if generate else ()
-    finally:
-        for name, model in models.items():
-            if model.training != modes[name]:
-                model.train(modes[name])
     dtypes = {name: _dtype(model) for name, model in models.items()}
     sizes = {name: Size(count.parameters(model), count.weight_bytes(model)) for name, model in models.items()}
-    return Benchmark(first, dtypes, sizes, tuple(points), tuple(written), notes)
+    return Benchmark(first, dtypes, sizes, tuple(points), tuple(written), tuple(notes))
+
+
+def _device(models: Mapping[str, nn.Module]) -> torch.device:
+    """Return where all models are."""
+    places = {tensor.device for model in models.values() for tensor in (*model.parameters(), *model.buffers())}
+    if len({place.type for place in places}) > 1 or torch.device("meta") in places:
+        raise InputError(f"models are compared on one device, with weights; these are on {sorted(map(str, places))}.")
+    return places.pop() if len(places) == 1 else torch.device("cpu")
 
 
 def _bound(models: Mapping[str, nn.Module], inputs: Any) -> Mapping[str, Any]:
-    """Return keyword inputs; without an example, those of the first model that says what it takes."""
-    refused: list[InputError] = []
+    """Return keyword inputs; without an example, the first that a model makes of its config and runs on."""
+    refused: list[Exception] = []
     for model in models.values():
         try:
-            return bind(model, inputs)[0]
+            candidates = bind(model, inputs)
         except InputError as error:
             refused.append(error)
-    raise refused[0]
+            continue
+        for made in candidates:
+            try:
+                if len(candidates) > 1:
+                    Path("as given", made).run(model)
+            except Exception as error:  # noqa: BLE001 - the model says what is wrong with them
+                refused.append(error)
+            else:
+                return made
+    raise InputError(f"no inputs for these models: {refused[0]}") from refused[0]
+
+
+def _prepared(models: Mapping[str, nn.Module], variant: str, first: str, notes: list[str]) -> dict[str, nn.Module]:
+    """Return the modules that a variant calls; those that cannot be had are noted."""
+    made = {}
+    for name, model in models.items():
+        try:
+            made[name] = prepared(model, variant)
+        except FxslimError as error:
+            notes.append(f"{name}, {variant}: {error}")
+    if first not in made:
+        raise InputError(f"variants={variant!r} cannot be had for {first}, which ratios refer to: {notes[-1]}")
+    return made
 
 
 def _points(
-    models: Any, given: Any, grid: Any, variant: str, device: torch.device, asked: dict[str, Any]
-) -> list[Point]:
+    modules: Mapping[str, nn.Module], models: Any, given: Any, grid: Any, variant: str, asked: dict[str, Any]
+) -> Iterator[Point]:
     """Measure one variant at every size."""
-    modules = {name: prepared(model, variant) for name, model in models.items()}
-    points = []
+    device = asked["device"]
     for batch, length in grid:
         own = resized(given, batch=batch, length=length)
-        calls = {name: call_of(module, variant, own) for name, module in modules.items()}
-        points.append(Point(
-            variant, batch_of(own), length_of(own),
-            {name: count.macs_of(model, **own) for name, model in models.items()},
-            {name: peak_bytes(call_of(model, "eager", own), device) for name, model in models.items()},
-            timer.compare(calls, **asked),
-        ))  # fmt: skip
-    return points
+        with compiling(variant):
+            calls = {name: call_of(module, variant, own) for name, module in modules.items()}
+            peaks = {name: peak_bytes(calls[name], device) if counted(module, variant, device) else None
+                     for name, module in modules.items()}  # fmt: skip
+            macs = {name: count.macs_of(models[name], **own) for name in modules}
+            yield Point(variant, batch_of(own), length_of(own), macs, peaks, timer.compare(calls, **asked))
 
 
 def _generations(models: Any, given: Any, grid: Any, tokens: int, asked: dict[str, Any]) -> list[Generation]:

@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 
 from fxslim.errors import InputError
 
+PLAIN = (Tensor, bool, int, float, str, type(None))
+"""What inputs may consist of: a cache would grow while it is timed."""
+
 
 def resized(inputs: Mapping[str, Any], *, batch: int | None = None, length: int | None = None) -> dict[str, Any]:
     """Return inputs with another batch and another length.
@@ -24,9 +27,15 @@ def resized(inputs: Mapping[str, Any], *, batch: int | None = None, length: int 
         length: size of the second axis of tokens; None for as it is.
 
     Raises:
-        InputError: tensors do not share a batch, or none has a length.
+        InputError: tensors do not share a batch, or none has a length, where that is asked for; or something is
+            neither a tensor nor plain.
     """
     rows, tokens = batch_of(inputs), length_of(inputs)
+    odd = [type(leaf).__name__ for leaf in pytree.tree_leaves(dict(inputs)) if not isinstance(leaf, PLAIN)]
+    if odd:
+        raise InputError(f"inputs are tensors and plain values; a {odd[0]} may change from call to call.")
+    if batch is not None and rows is None:
+        raise InputError("batches= is for inputs whose tensors share their first axis; these do not.")
     if length is not None and tokens is None:
         raise InputError("lengths= is for inputs with tokens: none of these is a matrix of whole numbers.")
 
@@ -42,12 +51,10 @@ def resized(inputs: Mapping[str, Any], *, batch: int | None = None, length: int 
     return dict(pytree.tree_map(made, dict(inputs)))
 
 
-def batch_of(inputs: Mapping[str, Any]) -> int:
-    """Return how many rows the inputs have."""
+def batch_of(inputs: Mapping[str, Any]) -> int | None:
+    """Return how many rows the inputs have, where they share them; a first axis of 1 stands for all rows."""
     sizes = {leaf.shape[0] for leaf in _tensors(inputs) if leaf.ndim}
-    if len(sizes) != 1:
-        raise InputError(f"the first axis of every input is the batch, and here it has sizes {sorted(sizes)}.")
-    return int(sizes.pop())
+    return int(max(sizes)) if len(sizes - {1}) <= 1 and sizes else None
 
 
 def length_of(inputs: Mapping[str, Any]) -> int | None:

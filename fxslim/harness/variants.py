@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -33,6 +35,23 @@ def prepared(model: nn.Module, variant: str) -> nn.Module:
         made: Any = torch.compile(model, dynamic=False)
         return made  # type: ignore[no-any-return]
     return model
+
+
+@contextmanager
+def compiling(variant: str) -> Iterator[None]:
+    """Let inductor begin anew, and never fall back to eager in silence: models of one class share their code."""
+    if not variant.endswith("inductor"):
+        yield
+        return
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=64):
+        yield
+
+
+def counted(module: nn.Module, variant: str, device: torch.device) -> bool:
+    """Tell whether what one forward allocates can be seen: generated code on a CPU, and a graph's replay, hide it."""
+    generated = variant.endswith("inductor") or any(m._compiled_call_impl is not None for m in module.modules())
+    return variant != "cuda-graph" and (device.type == "cuda" or not generated)
 
 
 def call_of(module: nn.Module, variant: str, inputs: Mapping[str, Any]) -> Callable[[], object]:
