@@ -30,8 +30,8 @@ def latency(result: Any) -> Lines:
         if point["variant"] != "eager":
             continue
         macs = point["macs"]
-        own = {sample["name"]: 1 / sample["ratio"]["value"] for sample in point["timing"]["samples"]}
-        speeds = ", ".join(f"{name} {own[name]:.2f}" for name in own if name != "dense")
+        ratios = {sample["name"]: sample["ratio"] for sample in point["timing"]["samples"]}
+        speeds = ", ".join(f"{name} {_speed(own)}" for name, own in ratios.items() if name != "dense")
         yield (
             (
                 f"BERT-base, batch {point['batch']}, length {point['length']}: times faster (ideal by MACs "
@@ -41,8 +41,18 @@ def latency(result: Any) -> Lines:
         )
     for own in (result["generation"] or {"generation": []})["generation"]:
         for what in ("prefill", "decode"):
-            dense, slim = own[what]["dense"]["value"], own[what]["slim"]["value"]
-            yield f"Llama, {what}, tokens a second", f"{dense:,.0f} dense, {slim:,.0f} narrowed"
+            dense, slim = _rate(own[what]["dense"]), _rate(own[what]["slim"])
+            yield f"Llama, {what}, tokens a second", f"{dense} dense, {slim} narrowed"
+
+
+def _speed(ratio: Any) -> str:
+    if not ratio["low"] or ratio["high"] is None:
+        return "not resolved"
+    return f"{1 / ratio['value']:.2f} [{1 / ratio['high']:.2f}, {1 / ratio['low']:.2f}]"
+
+
+def _rate(rate: Any) -> str:
+    return "not resolved" if rate["value"] is None else f"{rate['value']:,.0f}"
 
 
 def memory(result: Any) -> Lines:

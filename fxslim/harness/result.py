@@ -102,7 +102,8 @@ class Benchmark(Shown):
     @property
     def converged(self) -> bool:
         """Tell whether every ratio's interval became as narrow as was asked."""
-        return all(one.timing.converged for one in (*self.points, *self.generation))
+        timings = [*(point.timing for point in self.points), *(own.timing for own in self.generation)]
+        return all(timing.converged for timing in timings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
