@@ -111,5 +111,7 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
         ValueError: shapes differ.
     """
     if [t.shape for t in found] != [t.shape for t in expected] or not expected:
-        raise ValueError(f"shapes {[*map(list, map(Tensor.size, found))]} and {[*map(list, map(Tensor.size, expected))]}")
+        raise ValueError(
+            f"shapes {[*map(list, map(Tensor.size, found))]} and {[*map(list, map(Tensor.size, expected))]}"
+        )
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))

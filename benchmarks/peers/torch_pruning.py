@@ -67,7 +67,9 @@ def _patch(model: nn.Module, roles: Roles, widths: list[int]) -> None:
         if fused:
             groups = (fused[0].out_features // width - heads) // 2
         else:
-            apart = [k for name, k in roles.linears(model, "keys").items() if name.startswith(path.rpartition(".")[0] + ".")]
+            apart = [
+                k for name, k in roles.linears(model, "keys").items() if name.startswith(path.rpartition(".")[0] + ".")
+            ]
             groups = apart[0].out_features // width
         found = {**dict.fromkeys(COUNTS, heads), **dict.fromkeys(WIDTHS, heads * width), "num_key_value_heads": groups,
                  "num_key_value_groups": heads // max(groups, 1)}  # fmt: skip
