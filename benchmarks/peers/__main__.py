@@ -1,9 +1,9 @@
 """Peers side by side: who can do which model, who is exact, how long it takes and how much memory.
 
 ``python -m benchmarks.peers`` writes ``benchmarks/results/peers.{json,md,png}``. It needs the extras ``peers`` and
-``bench``. Rows of Intel Neural Compressor come from an environment of its own, which ``python -m
-benchmarks.peers.inc_environment FOLDER`` makes; then ``--inc FOLDER`` runs its cells there. ``--rows FILE`` keeps rows as
-they come and goes on from those that are there, those of another machine's INC too.
+``bench``. Rows of Intel Neural Compressor come from an environment of its own, which
+``python -m benchmarks.peers.inc_environment FOLDER`` makes; then ``--inc FOLDER`` runs its cells there. ``--rows FILE``
+keeps rows as they come and goes on from those that are there.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def latency(seconds: float) -> dict[str, Any]:
     """
     import fxslim
 
-    inputs = BERT_BASE.inputs(1, 128) | {"attention_mask": None}
-    inputs.pop("attention_mask")
+    inputs = {"input_ids": BERT_BASE.inputs(1, 128)["input_ids"]}
     models = {tool: TOOLS[tool](BERT_BASE, BERT_BASE.build(), inputs) for tool in ("Torch-Pruning", "fxslim")}
     first, second = ({name: w.shape for name, w in matrices(model).items()} for model in models.values())
     if first != second:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.peers.models import Subject
 
-HELP = """a loader of one batch; no cache in the config; three steps of snip_momentum with learning rate 0, so that weights
-stay; 51 % of heads asked, since it rounds half of them down; FFN alone where its search for heads raises"""
+HELP = """a loader of one batch; no cache in the config; three steps of snip_momentum with learning rate 0, so that
+weights stay; 51 % of heads asked, since it rounds half of them down; FFN alone where its search for heads raises"""
 
 
 def prune(subject: Subject, model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:

@@ -18,8 +18,18 @@ HEAD = ("model", "tool", "FFN gone#", "heads gone#", "runs", "exact", "differenc
         "how it failed")  # fmt: skip
 
 
+MODELS = f"""Two layers, random weights, half of the FFN channels and half of the heads asked; each cell in a process of
+its own. What went is counted from the columns of the weights that read channels and heads; a head is gone if none of its
+columns is left. Exact: in float64, on inputs of another size, the outputs are those of the dense model with just those
+columns zeroed (relative difference at most {EXACT:g}); where nothing went, there is nothing to compare. Time is that of
+pruning, without imports and without building the model; fxslim verifies its result in it, no other tool does. The peak
+is that of the process, imports included."""
+BASE = """Half of the FFN, half of the heads, float32: one run of each, in a process of its own. Grown is the peak above
+what stood before, the dense model among it. fxslim prunes a copy and verifies it; others change the model."""
+
+
 def exact(row: Row) -> bool | None:
-    """Say whether a pruned model computes what the masked one does; None where nothing went, or nothing was compared."""
+    """Say whether a pruned model computes what the masked one does; None where nothing was compared."""
     if "difference" not in row or not (row["channels"] or row["heads"] or row["cut"]):
         return None
     return bool(row["difference"] <= EXACT)
@@ -45,15 +55,10 @@ def models_text(rows: Sequence[Row]) -> list[str]:
     versions = sorted({f"{row['tool']} {row['version']}" for row in rows if "version" in row})
     return [
         "## Who can do which model",
-        "Two layers, random weights, half of the FFN channels and half of the heads asked; each cell in a process of its own. "
-        "What went is counted from the columns of the weights that read channels and heads; a head is gone if none of its "
-        "columns is left. Exact: in float64, on inputs of another size, the outputs are those of the dense model with just "
-        f"those columns zeroed (relative difference at most {EXACT:g}); where nothing went, there is nothing to compare. "
-        "Time is that of pruning, without imports and without building the model; fxslim verifies its result in it, no "
-        "other tool does. The peak is that of the process, imports included.",
+        MODELS,
         Table(HEAD, [cells(row) for row in rows]).markdown(),
         "Versions: " + ", ".join(versions) + ".",
-        "Done by hand, from one description of each model (which linear is what, how many heads); fxslim is told nothing:",
+        "Done by hand, from one description of each model (which linear is what, how many heads); fxslim needs none:",
         "\n".join(helped),
     ]
 
@@ -63,18 +68,15 @@ def base_text(base: Mapping[str, Any]) -> list[str]:
     rows = [(r["tool"], f"{r['cpu_seconds']:.1f}", f"{r['wall_seconds']:.1f}", f"{r['peak_gib']:.2f}",
              f"{r['grown_gib']:.2f}", r["error"]) if "wall_seconds" in r else (r["tool"], "", "", "", "", r["error"])
             for r in base["time"]]  # fmt: skip
-    text = ["## BERT-base at the same widths",
-            "Half of the FFN, half of the heads, float32: one run of each, in a process of its own. Grown is the peak above "
-            "what stood before, the dense model among it. fxslim prunes a copy and verifies it; others change the model.",
-            Table(("tool", "CPU s#", "wall s#", "peak GiB#", "grown GiB#", "how it failed"), rows).markdown()]  # fmt: skip
+    head = ("tool", "CPU s#", "wall s#", "peak GiB#", "grown GiB#", "how it failed")
+    text = ["## BERT-base at the same widths", BASE, Table(head, rows).markdown()]
     if found := base.get("latency"):
         point = found["points"][0]
-        own = next(s for s in point["timing"]["samples"] if s["name"] == "fxslim")
-        text += [f"One forward, batch {point['batch']}, length {point['length']}, one thread, interleaved; every linear has "
-                 "the same shape in both. fxslim is "
-                 f"{own['speedup']['value']:.3f} times as fast as Torch-Pruning "
-                 f"(95 % interval {own['speedup']['low']:.3f} .. {own['speedup']['high']:.3f}).",
-                 base["latency_table"]]  # fmt: skip
+        speed = next(s["speedup"] for s in point["timing"]["samples"] if s["name"] == "fxslim")
+        text.append(f"One forward, batch {point['batch']}, length {point['length']}, interleaved; every linear has the "
+                    f"same shape in both. fxslim is {speed['value']:.3f} times as fast as Torch-Pruning (95 % interval "
+                    f"{speed['low']:.3f} .. {speed['high']:.3f}).")  # fmt: skip
+        text.append(base["latency_table"])
     return text
 
 

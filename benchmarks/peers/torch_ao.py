@@ -11,8 +11,8 @@ from torch import nn
 
 from benchmarks.peers.models import Subject
 
-HELP = """it is told the up projections of the FFN and no others, since it has no pattern for heads; where it cannot trace
-the whole model, it is given the smallest module around every FFN, one by one"""
+HELP = """it is told the up projections of the FFN and no others, since it has no pattern for heads; where it cannot
+trace the whole model, it is given the smallest module around every FFN, one by one"""
 
 
 def prune(subject: Subject, model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
@@ -25,8 +25,7 @@ def prune(subject: Subject, model: nn.Module, inputs: Mapping[str, Any]) -> nn.M
         first = error
     by_block: dict[str, list[str]] = {}
     for down in subject.roles.linears(model, "down"):
-        near = max(up, key=lambda path: len(os.path.commonprefix([path, down])))
-        block = os.path.commonpath([near.replace(".", "/"), down.replace(".", "/")]).replace("/", ".")
+        block = max((_around(path, down) for path in up), key=len)
         by_block[block] = [path.removeprefix(f"{block}.") for path in up if path.startswith(f"{block}.")]
     for block, inner in by_block.items():
         try:
@@ -36,6 +35,11 @@ def prune(subject: Subject, model: nn.Module, inputs: Mapping[str, Any]) -> nn.M
         parent, _, child = block.rpartition(".")
         setattr(model.get_submodule(parent), child, traced)
     return model.eval()
+
+
+def _around(*paths: str) -> str:
+    """Return the path of the smallest module around all of these."""
+    return os.path.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
 
 
 def _line(error: Exception) -> str:

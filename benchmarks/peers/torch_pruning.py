@@ -59,18 +59,13 @@ def _attended(model: nn.Module, roles: Roles) -> list[Any]:
 
 def _patch(model: nn.Module, roles: Roles, widths: list[int]) -> None:
     """Say in every attention how many heads it has now."""
-    queries = list(roles.linears(model, "queries"))
-    for path, linear, width in zip(queries, _attended(model, roles), widths, strict=False):
-        attention: Any = model.get_submodule(path.rpartition(".")[0])
-        fused = [module for name, module in attention.named_children() if name == "qkv_proj"]
+    keys = roles.linears(model, "keys")
+    for path, linear, width in zip(roles.linears(model, "queries"), _attended(model, roles), widths, strict=False):
+        inside = path.rpartition(".")[0]
+        attention: Any = model.get_submodule(inside)
         heads = linear.in_features // width
-        if fused:
-            groups = (fused[0].out_features // width - heads) // 2
-        else:
-            apart = [
-                k for name, k in roles.linears(model, "keys").items() if name.startswith(path.rpartition(".")[0] + ".")
-            ]
-            groups = apart[0].out_features // width
+        own = [projection for name, projection in keys.items() if name.startswith(f"{inside}.")]
+        groups = own[0].out_features // width if own else (attention.qkv_proj.out_features // width - heads) // 2
         found = {**dict.fromkeys(COUNTS, heads), **dict.fromkeys(WIDTHS, heads * width), "num_key_value_heads": groups,
                  "num_key_value_groups": heads // max(groups, 1)}  # fmt: skip
         for name, value in found.items():
