@@ -34,7 +34,7 @@ def _peak_kib() -> int:
 
 
 def tried(
-    module: str, case: str, *, python: str = sys.executable, seconds: float = 600.0
+    module: str, case: str, *, python: str = sys.executable, seconds: float = 900.0
 ) -> tuple[dict[str, Any], str]:
     """Run what may fail, crash or hang, in a process of its own; ``python`` may be that of another environment.
 

@@ -55,13 +55,15 @@ def run(tool: str, subject: Subject, *, check: bool, emit: Callable[[dict[str, A
         tool: key of `TOOLS`.
         subject: the model.
         check: compare with the dense model; otherwise only widths are told.
-        emit: is given the row after each of its parts: figures, then what went, then the difference.
+        emit: is given the row as soon as the tool and the model are there, and after each of its parts: figures, what went,
+            the difference.
     """
     for name in IMPORTS[tool]:
         import_module(name)
     model, made = subject.build(), []
     dense = copy.deepcopy(model) if check else None
     row: dict[str, Any] = {"tool": tool, "version": metadata.version(PACKAGES[tool]), "model": subject.name}
+    emit(row)
     before = measured(lambda: None)["peak_gib"]
     figures = measured(lambda: made.append(TOOLS[tool](subject, model, subject.inputs(2, 7))))
     row |= figures | {"grown_gib": round(figures["peak_gib"] - before, 3)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-WORDS, HIDDEN, FFN, LAYERS, HEADS, GROUPS = 99, 64, 128, 2, 4, 2
+WORDS, HIDDEN, FFN, LAYERS, HEADS, GROUPS = 99, 64, 128, 2, 8, 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ _ROLES = {
     "ViT": Roles(r".*\bq_proj", r".*\b[kv]_proj", r".*\bo_proj", r".*\bfc1", r".*\bfc2"),
     "GPT-2": Roles(r".*\bc_attn", r"(?!)", r".*\battn\.c_proj", r".*\bc_fc", r".*\bmlp\.c_proj"),
     "Llama GQA": _LLAMA_ROLES,
+    "Llama GQA 4/2": _LLAMA_ROLES,
     "Qwen3": _LLAMA_ROLES,
     "T5": Roles(r".*Attention\.q", r".*Attention\.[kv]", r".*Attention\.o", r".*\bwi", r".*\bwo"),
     "Phi-3 GQA": Roles(r".*\bqkv_proj", r"(?!)", r".*\bo_proj", r".*\bgate_up_proj", r".*\bdown_proj"),
@@ -95,6 +96,8 @@ _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ViT": ("ViTModel", "ViTConfig", {**_SHAPE, "image_size": 32, "patch_size": 8}),
     "GPT-2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": HIDDEN, "n_inner": FFN, "n_layer": LAYERS, "n_head": HEADS}),
     "Llama GQA": ("LlamaForCausalLM", "LlamaConfig", _GROUPED),
+    "Llama GQA 4/2": ("LlamaForCausalLM", "LlamaConfig",
+                      {**_SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _GROUPED),
     "T5": ("T5ForConditionalGeneration", "T5Config",
            {"d_model": HIDDEN, "d_kv": HIDDEN // HEADS, "d_ff": FFN, "num_layers": LAYERS, "num_heads": HEADS,
@@ -125,11 +128,13 @@ def _bert_base() -> nn.Module:
     return BertModel(BertConfig(), add_pooling_layer=False).eval()
 
 
-SUBJECTS = {
-    name: Subject(name, lambda name=name: _build(name), roles,  # type: ignore[misc]
-                  groups=GROUPS if name in ("Llama GQA", "Qwen3", "Phi-3 GQA") else HEADS)
-    for name, roles in _ROLES.items()
-}  # fmt: skip
+def _subject(name: str, roles: Roles) -> Subject:
+    sizes = _CONFIGS[name][2]
+    heads = sizes.get("num_attention_heads", HEADS)
+    return Subject(name, lambda: _build(name), roles, heads, sizes.get("num_key_value_heads", heads))
+
+
+SUBJECTS = {name: _subject(name, roles) for name, roles in _ROLES.items()}
 BERT_BASE = Subject("BERT-base", _bert_base, BERT_ROLES, heads=12, groups=12)
 
 

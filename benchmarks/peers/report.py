@@ -19,8 +19,8 @@ HEAD = ("model", "tool", "FFN gone#", "heads gone#", "runs", "exact", "differenc
 
 
 MODELS = f"""Two layers, random weights, half of the FFN channels and half of the heads asked; each cell in a process of
-its own. What went is counted from the columns of the weights that read channels and heads; a head is gone if none of its
-columns is left. Exact: in float64, on inputs of another size, the outputs are those of the dense model with just those
+its own. What went is counted from the columns of the weights that read channels and heads; a head is gone if none of
+its columns is left. Exact: in float64, on inputs of another size, the outputs are those of the dense model with just those
 columns zeroed (relative difference at most {EXACT:g}); where nothing went, there is nothing to compare. Time is that of
 pruning, without imports and without building the model; fxslim verifies its result in it, no other tool does. The peak
 is that of the process, imports included."""
@@ -41,7 +41,7 @@ def cells(row: Row) -> tuple[str, ...]:
     part = [f"{row[name]:.0%}" if name in row else "" for name in ("channels", "heads")]
     if row.get("cut"):
         part[1] += f", {row['cut']} cut apart"
-    runs = ("yes" if row.get("runs") else "**no**") if "wall_seconds" in row else ""
+    runs = ("yes" if row.get("runs") else "**no**") if "channels" in row else ""
     difference = f"{row['difference']:.0e}" if "difference" in row else ""
     took = [f"{row[name]:.2f}" if name in row else "" for name in ("cpu_seconds", "wall_seconds", "peak_gib")]
     error = row["error"] if len(row["error"]) <= 110 else row["error"][:109] + "…"
