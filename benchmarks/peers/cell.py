@@ -55,8 +55,8 @@ def run(tool: str, subject: Subject, *, check: bool, emit: Callable[[dict[str, A
         tool: key of `TOOLS`.
         subject: the model.
         check: compare with the dense model; otherwise only widths are told.
-        emit: is given the row as soon as the tool and the model are there, and after each of its parts: figures, what went,
-            the difference.
+        emit: is given the row once the tool and the model are there, and after each of its parts: figures, what
+            went, the difference.
     """
     for name in IMPORTS[tool]:
         import_module(name)
