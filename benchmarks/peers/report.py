@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers import inc, torch_ao, torch_pruning
+from benchmarks.peers.cell import SECONDS
 from fxslim.tables import Table
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 EXACT = 1e-6
 """Largest relative difference that counts as rounding: norms and angles of some models are float32 in any dtype."""
+LONGEST = 160
+"""Characters of an error that the table shows; the JSON has all of its first line."""
 Row = Mapping[str, Any]
 HEAD = ("model", "tool", "FFN gone#", "heads gone#", "runs", "exact", "difference#", "CPU s#", "wall s#", "peak GiB#",
         "how it failed")  # fmt: skip
@@ -44,7 +47,8 @@ def cells(row: Row) -> tuple[str, ...]:
     runs = ("yes" if row.get("runs") else "**no**") if "channels" in row else ""
     difference = f"{row['difference']:.0e}" if "difference" in row else ""
     took = [f"{row[name]:.2f}" if name in row else "" for name in ("cpu_seconds", "wall_seconds", "peak_gib")]
-    error = row["error"] if len(row["error"]) <= 110 else row["error"][:109] + "…"
+    error = row["error"].replace("killed by SIGXCPU", f"no end after {SECONDS} s of processor time")
+    error = error if len(error) <= LONGEST else error[: LONGEST - 1] + "…"
     return row["model"], row["tool"], *part, runs, verdict, difference, *took, error
 
 
