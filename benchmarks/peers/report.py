@@ -21,12 +21,13 @@ HEAD = ("model", "tool", "FFN gone#", "heads gone#", "runs", "exact", "differenc
         "how it failed")  # fmt: skip
 
 
-MODELS = f"""Two layers, random weights, half of the FFN channels and half of the heads asked; each cell in a process of
-its own. What went is counted from the columns of the weights that read channels and heads; a head is gone if none of
-its columns is left. Exact: in float64, on inputs of another size, the outputs are those of the dense model with just
-those columns zeroed (relative difference at most {EXACT:g}); where nothing went, there is nothing to compare. Time is
-that of pruning, without imports and without building the model; fxslim verifies its result in it, no other tool does.
-The peak is that of the process, imports included."""
+MODELS = f"""Two layers, random weights, half of the FFN channels and half of the heads asked; each cell in a process
+of its own. What went is counted from the columns of the weights that read channels and heads; a head is gone if none
+of its columns is left. Exact: in float64, on inputs of another size, the outputs are those of the dense model with
+just those columns zeroed (relative difference at most {EXACT:g}); where nothing went, exact is left empty, and a
+difference means that the tool changed weights and took none out. Time is that of pruning, without imports and without
+building the model; fxslim verifies its result in it, no other tool does. The peak is that of the process, imports
+included."""
 BASE = """Half of the FFN, half of the heads, float32: one run of each, in a process of its own. Grown is the peak above
 what stood before, the dense model among it. fxslim prunes a copy and verifies it; others change the model."""
 

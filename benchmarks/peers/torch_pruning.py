@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.peers.models import Roles, Subject
 
-HELP = """the number of heads of every projection; embeddings, projections back to the residual stream, poolers and
-language-model heads ignored; no cache; afterwards the attributes of every attention that say how many heads it has and
-how wide they are, from its weights"""
+HELP = """the number of heads of every projection; that a fused gate and up projection has two halves; embeddings,
+projections back to the residual stream, poolers and language-model heads ignored; no cache; afterwards the attributes
+of every attention that say how many heads it has and how wide they are, from its weights"""
 COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 WIDTHS = ("all_head_size", "inner_dim", "embed_dim", "split_size")
 
@@ -30,7 +30,8 @@ def pruned(
     import torch_pruning as tp
 
     queries, keys = roles.linears(model, "queries"), roles.linears(model, "keys")
-    free = {id(linear) for found in (queries, keys, roles.linears(model, "up")) for linear in found.values()}
+    up = roles.linears(model, "up")
+    free = {id(linear) for found in (queries, keys, up) for linear in found.values()}
     kinds = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
     stays = [module for module in model.modules() if isinstance(module, kinds) and id(module) not in free]
     widths = [linear.weight.shape[-1] // heads for linear in _attended(model, roles)]
@@ -42,7 +43,7 @@ def pruned(
         head_pruning_ratio=taken,
         ignored_layers=stays,
         num_heads={**dict.fromkeys(queries.values(), heads), **dict.fromkeys(keys.values(), groups)},
-        out_channel_groups={},
+        out_channel_groups={linear: 2 for name, linear in up.items() if name.endswith("gate_up_proj")},
         in_channel_groups={},
         prune_num_heads=True,
         prune_head_dims=False,
