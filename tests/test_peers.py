@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import fxslim
 from benchmarks.peers import cell
 from benchmarks.peers.masked import difference, gone, kept_columns, masked, narrowed, outputs
 from benchmarks.peers.models import SUBJECTS, Roles, Subject, matrices
-from benchmarks.peers.report import cells, exact, figure, models_text
+from benchmarks.peers.report import base_text, cells, exact, figure, models_text
 from benchmarks.processes import tried
 
 HEADS, WIDTH = 3, 2
@@ -165,3 +166,15 @@ def test_the_cell_of_torch_pruning_takes_half_and_is_exact() -> None:
     cell.run("Torch-Pruning", SUBJECTS["BERT"], check=True, emit=emitted.append)
     assert [emitted[-1][key] for key in ("channels", "heads", "cut", "runs")] == [0.5, 0.5, 0, True]
     assert emitted[-1]["difference"] < 1e-12
+
+
+def test_the_tables_of_bert_base_hold_the_ratio_of_a_benchmark() -> None:
+
+    model, inputs = SUBJECTS["BERT"].build(), SUBJECTS["BERT"].inputs(1, 6)
+    found = fxslim.benchmark({"Torch-Pruning": model, "fxslim": model}, inputs, check=False, max_seconds=0.05)
+    ratio = next(s.ratio for s in found.points[0].timing.samples if s.name == "fxslim")
+    own = {"time": [row(grown_gib=0.1), {"tool": "INC", "error": "ImportError"}], "latency": found.to_dict(),
+           "latency_table": found.to_markdown()}  # fmt: skip
+    text = "\n".join(base_text(own))
+    assert f"takes {ratio.value:.3f} times as long" in text and "batch 1, length 6" in text
+    assert "| T | 0.5 | 1.0 | 0.25 | 0.10 |  |" in text and "| INC |  |  |  |  | ImportError |" in text
