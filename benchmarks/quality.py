@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks import peers
 from benchmarks.environment import RESULTS, write_result
 from benchmarks.kept import keep, kept, parsed
 from benchmarks.language import Language
+from benchmarks.peers import at_budget
 from benchmarks.summary import DENSE, TASKS, Row, plot, report
 
 SENTENCES = 1024
@@ -53,7 +53,7 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What the parts of the default are good for."""
 ROWS = {**METHODS, **PARTS}
-PEERS = (peers.TORCH_PRUNING,)
+PEERS = (at_budget.TORCH_PRUNING,)
 
 
 def batches(tokenizer: Any, texts: Sequence[str], size: int = BATCH) -> list[tuple[list[int], dict[str, Tensor]]]:
@@ -184,8 +184,8 @@ def measure(task: Any, method: str, budget: float, seed: int) -> Row:
         return Row(task.name, DENSE, 1.0, seed, task.score(task.model)[0], 0.0, 1.0, 0.0)
     calibration = task.calibration(seed)
     started = time.perf_counter()
-    if method == peers.TORCH_PRUNING:
-        small, macs = peers.torch_pruning(task.model, calibration[0], budget)
+    if method == at_budget.TORCH_PRUNING:
+        small, macs = at_budget.torch_pruning(task.model, calibration[0], budget)
     else:
         small = fxslim.slim(task.model, calibration=calibration, target=fxslim.macs(budget), seed=seed, **ROWS[method])
         found = small.fxslim.report
@@ -198,7 +198,7 @@ def measure(task: Any, method: str, budget: float, seed: int) -> Row:
 def wanted(task: Any, budgets: Sequence[float] | None, methods: Sequence[str], seed: int) -> list[tuple[str, float]]:
     """Return the methods and budgets of a task; a peer knows no data, so it is measured once."""
     own = next(known for known in TASKS if known.name == task.name)
-    ran = [m for m in methods if m in ROWS or (seed == 0 and isinstance(task, Similarity) and not peers.missing())]
+    ran = [m for m in methods if m in ROWS or (seed == 0 and isinstance(task, Similarity) and not at_budget.missing())]
     dense = [(DENSE, 1.0)] if seed == 0 else []
     return dense + [(method, budget) for budget in budgets or own.budgets for method in ran]
 
@@ -226,7 +226,7 @@ def main() -> None:
 def _measure_all(given: argparse.Namespace, rows: list[Row]) -> None:
     from tqdm import tqdm
 
-    if set(PEERS) & set(given.methods) and "stsb" in given.tasks and (why := peers.missing()):
+    if set(PEERS) & set(given.methods) and "stsb" in given.tasks and (why := at_budget.missing()):
         print(why)
     tasks: list[Any] = [Similarity(given.data)] if "stsb" in given.tasks else []
     if given.sst2_model is not None and "sst2" in given.tasks:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import language, peers, quality
+from benchmarks import language, quality
 from benchmarks.language import LENGTH, Language
+from benchmarks.peers import at_budget
 from benchmarks.summary import DENSE, ORDERS, TASKS, Row, curves, divergence, orders, orders_table, plot, report, table
 
 TEXT = "The quick brown fox jumps over the lazy dog <unk> . \n" * 40
@@ -149,16 +150,16 @@ def test_a_plot_for_every_task_that_has_rows(tmp_path: Path) -> None:
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     task = object.__new__(quality.Similarity)
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    assert peers.missing().startswith("Torch-Pruning")  # type: ignore[union-attr]
-    assert quality.wanted(task, [0.5], ["obs", peers.TORCH_PRUNING], 0) == [(DENSE, 1.0), ("obs", 0.5)]
-    monkeypatch.setattr(peers, "find_spec", lambda name: "found")
-    assert peers.missing() is None
-    assert quality.wanted(task, [0.5], ["obs", peers.TORCH_PRUNING], 0)[1:] == [
+    monkeypatch.setattr(at_budget, "find_spec", lambda name: None)
+    assert at_budget.missing().startswith("Torch-Pruning")  # type: ignore[union-attr]
+    assert quality.wanted(task, [0.5], ["obs", at_budget.TORCH_PRUNING], 0) == [(DENSE, 1.0), ("obs", 0.5)]
+    monkeypatch.setattr(at_budget, "find_spec", lambda name: "found")
+    assert at_budget.missing() is None
+    assert quality.wanted(task, [0.5], ["obs", at_budget.TORCH_PRUNING], 0)[1:] == [
         ("obs", 0.5),
-        (peers.TORCH_PRUNING, 0.5),
+        (at_budget.TORCH_PRUNING, 0.5),
     ]
-    assert quality.wanted(task, [0.5], ["obs", peers.TORCH_PRUNING], 1) == [("obs", 0.5)]
+    assert quality.wanted(task, [0.5], ["obs", at_budget.TORCH_PRUNING], 1) == [("obs", 0.5)]
 
 
 def test_a_peer_prunes_channels_and_heads_within_the_budget() -> None:
@@ -168,7 +169,7 @@ def test_a_peer_prunes_channels_and_heads_within_the_budget() -> None:
     config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, vocab_size=50)
     inputs = {"input_ids": torch.arange(24).view(2, 12)}
     model = BertModel(config).eval()
-    small, macs = peers.torch_pruning(model, inputs, 0.6)
+    small, macs = at_budget.torch_pruning(model, inputs, 0.6)
     assert 0.57 < macs <= 0.6
     assert small(**inputs).last_hidden_state.shape == (2, 12, 32)
     own: Any = small.encoder

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks.peers.models import BERT_ROLES
+from benchmarks.peers.torch_pruning import pruned
 from fxslim.count import macs_of
 
 TORCH_PRUNING = "Torch-Pruning, magnitude"
@@ -50,34 +52,6 @@ def _smallest(fits: Callable[[float], bool], steps: int = 9) -> float:
 
 
 def _pruned(model: nn.Module, inputs: dict[str, Tensor], channels: float, heads: float) -> nn.Module:
-    import torch_pruning as tp
-
     small: Any = copy.deepcopy(model)
-    layers = small.encoder.layer
-    projections = {
-        linear: layer.attention.self.num_attention_heads
-        for layer in layers
-        for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value)
-    }
-    stays = [small.embeddings, *(layer.attention.output.dense for layer in layers)]
-    stays += [layer.output.dense for layer in layers] + ([small.pooler] if small.pooler is not None else [])
-    pruner = tp.pruner.BasePruner(
-        small,
-        inputs,
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=channels,
-        head_pruning_ratio=heads,
-        ignored_layers=stays,
-        num_heads=projections,
-        out_channel_groups={},
-        in_channel_groups={},
-        prune_num_heads=True,
-        prune_head_dims=False,
-        output_transform=lambda output: output.last_hidden_state.sum(),
-    )
-    pruner.step()
-    for layer in layers:
-        attention = layer.attention.self
-        attention.num_attention_heads = pruner.num_heads[attention.query]
-        attention.all_head_size = attention.query.out_features
-    return small.eval()
+    number = small.config.num_attention_heads
+    return pruned(small, inputs, BERT_ROLES, number, number, channels=channels, taken=heads)
