@@ -45,9 +45,9 @@ def plan(
         stage("choosing")
         made = fxslim.plan(dense, **asked)
     if output is not None:
-        write_file(output, made.to_json(indent=2) + "\n")
+        write_file(output, made.to_json() + "\n")
     told = [str(made)] if output is None else [str(made), f"wrote {output}"]
-    typer.echo(made.to_json(indent=2) if as_json else "\n".join(told))
+    typer.echo(made.to_json() if as_json else "\n".join(told))
 
 
 def with_text(model: str, asked: Asked, dense: Any) -> Asked:
