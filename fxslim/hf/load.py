@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from fxslim.checkpoint.files import Stored, read_shard
 from fxslim.errors import InputError, PlanError, UnsupportedModelError
-from fxslim.express import set_fields
+from fxslim.express import check_fields, set_fields
 from fxslim.hf.classes import PLAN_FILE, check_there, first_line, model_class, reading
 from fxslim.passes.narrow import replay
 from fxslim.passes.prepare import settle
@@ -74,6 +74,7 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
         raise UnsupportedModelError(
             f"{folder} was quantized after it was narrowed; save the narrowed model, load that, and quantize it then."
         )
+    check_fields(config, plan)
     original = model_class(config, source=trusted, **where)
     narrowed: Any = _narrowed(original, plan)
     with reading(folder), _fitting(folder, plan):
