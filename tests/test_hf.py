@@ -275,3 +275,23 @@ def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
     assert not folder.exists()
     fxslim.save_pretrained(mixed.float(), folder)
     assert folder.is_dir()
+
+
+def test_every_module_of_a_sentence_encoder_is_copied_and_nothing_else(tmp_path: Path) -> None:
+    source, copy = tmp_path / "outer" / "source", tmp_path / "copy"
+    for name in ("2_Dense/model.safetensors", "2_Dense/deep/x.bin", "other/weights.bin", "../secret/key"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    paths = ["", "2_Dense", "../secret", str(tmp_path / "outer" / "secret"), "*", 3, None]
+    (source / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    copy.mkdir()
+    hf.copy_beside(source, copy)
+    assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()) == [
+        "2_Dense/deep/x.bin", "2_Dense/model.safetensors", "modules.json"
+    ]  # fmt: skip
+    assert not (tmp_path / "secret").exists()
+
+
+def test_loading_info_is_refused_with_a_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not take output_loading_info=: weights that are missing or unknown"):
+        fxslim.from_pretrained(tmp_path, output_loading_info=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 from os import PathLike, fspath
@@ -124,16 +126,30 @@ def push_to_hub(
 
 def copy_beside(source: str | PathLike[str], folder: Path) -> None:
     """Copy tokenizer and processor files of a folder or of a repository of the hub, none of its weights."""
-    local = Path(source)
-    if not local.is_dir():
+    local, hub = Path(source), not Path(source).is_dir()
+    if hub:
         with reading(source):
             local = Path(snapshot_download(fspath(source), allow_patterns=list(BESIDE_THE_MODEL)))
-    for pattern in BESIDE_THE_MODEL:
+    modules = [f"{path}/**/*" for path in _modules(local)]
+    if hub and modules:
+        with reading(source):
+            local = Path(snapshot_download(fspath(source), allow_patterns=[*BESIDE_THE_MODEL, *modules]))
+    for pattern in (*BESIDE_THE_MODEL, *modules):
         for path in local.glob(pattern):
             if path.is_file():
                 copied = folder / path.relative_to(local)
-                copied.parent.mkdir(exist_ok=True)
+                copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copied)
+
+
+def _modules(folder: Path) -> list[str]:
+    """Return the folders of the modules that follow an encoder of sentence-transformers; none outside its own."""
+    try:
+        named = json.loads((folder / "modules.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    paths = [one.get("path") for one in named if isinstance(one, dict)] if isinstance(named, list) else []
+    return [path for path in paths if isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", path)]
 
 
 def _narrowed(small: nn.Module) -> tuple[PreTrainedModel, Record]:
