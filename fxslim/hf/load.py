@@ -36,6 +36,7 @@ _REFUSED = {
     "quantization_config": "quantizing while loading would replace narrowed modules; load the model, then quantize it",
     "ignore_mismatched_sizes": "the plan says every size; weights that do not fit are refused",
     "state_dict": "weights are read from the folder, which the plan belongs to",
+    "output_loading_info": "weights that are missing or unknown are refused, and nothing is left to tell",
     "config": "the folder's own config is used; change model.config afterwards",
 }
 """Arguments of ``from_pretrained`` that make no sense for a narrowed model."""
