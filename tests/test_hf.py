@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import BertConfig, PreTrainedModel
 
 import fxslim
 from fxslim import hf
+from fxslim.cli.loading import load
+from fxslim.cli.options import Dtype
 from fxslim.errors import InputError, PlanError, UnsupportedModelError, VerifyError
 from fxslim.hf import save
 
@@ -255,6 +258,14 @@ def test_a_narrowed_folder_is_no_dense_model(tmp_path: Path) -> None:
         hf.load_dense(tmp_path / "small")
 
 
+def test_a_plan_in_the_config_alone_is_found(tmp_path: Path) -> None:
+    small = narrowed("bert_mlm")
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(InputError, match=r"small is narrowed already; load it with fxslim\.from_pretrained"):
+        hf.dense_config(tmp_path / "small")
+    assert load(str(tmp_path / "small"), Dtype.auto).fxslim.plan == small.fxslim.plan
+
+
 def test_the_plan_is_written_as_json(tmp_path: Path) -> None:
     small = narrowed("bert_mlm")
     fxslim.save_pretrained(small, tmp_path / "small")
@@ -295,3 +306,21 @@ def test_every_module_of_a_sentence_encoder_is_copied_and_nothing_else(tmp_path:
 def test_loading_info_is_refused_with_a_text(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not take output_loading_info=: weights that are missing or unknown"):
         fxslim.from_pretrained(tmp_path, output_loading_info=True)
+
+
+def test_weights_that_are_elsewhere_are_not_saved(tmp_path: Path) -> None:
+    small = copy.deepcopy(narrowed("bert_mlm")).to("meta")
+    with pytest.raises(InputError, match=r"weights are on meta.*slim_checkpoint"):
+        fxslim.save_pretrained(small, tmp_path / "small")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["/gone/away", "gone/far/away", "gone away"])
+def test_a_tokenizer_that_is_nowhere_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = narrowed("bert_mlm")
+    monkeypatch.setattr(type(small), "save_pretrained", None)
+    with pytest.raises(InputError, match="gone"):
+        fxslim.save_pretrained(small, tmp_path / "small", tokenizer_from=name)
+    assert not any(tmp_path.iterdir())
