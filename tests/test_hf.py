@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -193,9 +193,9 @@ def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    for load in (fxslim.from_pretrained, hf.load_dense, hf.skeleton):
+    for read in (fxslim.from_pretrained, hf.load_dense, hf.skeleton):
         with pytest.raises(InputError, match=r"there is no folder .*nothing-here"):
-            load(tmp_path / "nothing-here")
+            read(tmp_path / "nothing-here")
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_refused() -> None:
