@@ -242,7 +242,7 @@ def test_what_a_job_has_noted_is_there_until_everything_is_on_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr("fxslim.folder._sync", interrupted)
-        with (
+        with (  # noqa: PT012
             pytest.raises(KeyboardInterrupt),
             replacing(tmp_path / "out", job="0123abcd", leaves_out="done") as staging,
         ):
