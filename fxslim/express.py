@@ -95,6 +95,29 @@ def set_fields(config: Any, values: Mapping[str, int]) -> None:
         setattr(owner, leaf, value)
 
 
+def check_fields(config: Any, plan: Plan) -> None:
+    """Refuse a plan about other sizes of a narrowed model's config than its sites are about.
+
+    What is built of the old values is then no larger than the sites say.
+
+    Raises:
+        PlanError: a field is not the new size there, or its sizes are none of the sites'.
+    """
+    if not plan.config:
+        return
+    sizes = _sizes(plan)
+    for gone in plan.removed_rows().values():
+        left = {gone.shape[-1] - int(row.sum()) for row in gone.reshape(-1, gone.shape[-1])}
+        sizes.setdefault(gone.shape[-1], set()).update(left)
+    after = set().union(*sizes.values())
+    found = dict(_integers(config))
+    for path, (old, new) in plan.config.items():
+        if found.get(path) != new:
+            raise PlanError(f"the plan says {path} of the config is {new}, which is {found.get(path)} there.")
+        if old < new or old not in sizes or new not in after:
+            raise PlanError(f"the plan says {path} of the config was {old} and is {new}: no site has these sizes.")
+
+
 def _uneven(dense: Shapes, wanted: Shapes) -> str:
     """Name tensors of look-alike layers that differ in shape now and did not before; no single number says that."""
     found: dict[tuple[str, torch.Size], torch.Size] = {}

@@ -30,7 +30,9 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> Iterator[Path]:
+def replacing(
+    folder: Path, *, force: bool = False, job: str | None = None, leaves_out: str | None = None
+) -> Iterator[Path]:
     """Give a folder to write into, and put it in the place of ``folder`` when the block ends well.
 
     The new folder is made beside the old one, synced to disk, and the two change places in one step. If the block
@@ -43,6 +45,7 @@ def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> I
         force: replace a checkpoint that is there.
         job: a name for what is being done, a hexadecimal number. What a block of this name has written before it failed
             or was killed is kept (as ``.NAME.JOB.resume``), and the next block of this name gets it.
+        leaves_out: a file of the block's own that goes once everything is on disk, just before the exchange.
 
     Raises:
         InputError: ``folder`` exists and ``force`` is not given, it does not look like a checkpoint, or somebody else
@@ -61,6 +64,8 @@ def replacing(folder: Path, *, force: bool = False, job: str | None = None) -> I
                 yield staging
                 _sync(staging)
                 check_free(folder, force=force)
+                if leaves_out is not None:
+                    (staging / leaves_out).unlink(missing_ok=True)
                 _put(staging, folder)
             except BaseException:
                 if job is None or not (staging.is_dir() and any(staging.iterdir())):

@@ -6,17 +6,19 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fxslim.errors import PlanError
 from fxslim.tables import Shown, Table
 
 MAX_UNITS = 1 << 22
-MAX_JSON = 1 << 28
-"""Longest plan that is read, in bytes."""
+MAX_JSON = 1 << 26
+"""Longest plan that is read, in bytes: three times that of half the channels of 32 layers of 8 experts of 14336."""
+MAX_FIELDS = 1 << 10
+"""Most fields of one object of a plan."""
 
 MAX_ROWS = 1 << 24
 """Most rows of one dimension of a tensor, those of all experts together."""
@@ -33,10 +35,30 @@ FieldPath = Annotated[str, Field(max_length=1024, pattern=r"^_?[A-Za-z][A-Za-z0-
 Name = Annotated[str, Field(max_length=1024, pattern=r"^[^/\\\x00]*$")]
 
 
+Entry = TypeVar("Entry")
+Many = Annotated[tuple[Entry, ...], Field(fail_fast=True)]
+"""A sequence of which the first fault is told: millions of them would take minutes to collect."""
+
+
+def _few(data: Any) -> Any:
+    """Refuse an object with more fields than any has, before a fault is found in each of them."""
+    if isinstance(data, dict) and len(data) > MAX_FIELDS:
+        raise ValueError(f"an object has {len(data)} fields; {MAX_FIELDS} are the most")
+    return data
+
+
+Few = BeforeValidator(_few)
+
+
 class Frozen(BaseModel):
     """A record that never changes and takes nothing it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        return _few(data)
 
 
 class Block(Frozen):
@@ -87,8 +109,8 @@ class Slice(Frozen):
     dim: Dim
     size: Rows
     role: Literal["in", "out"]
-    blocks: tuple[Block, ...]
-    groups: tuple[Count, ...] | None = None
+    blocks: Many[Block]
+    groups: Many[Count] | None = None
     hook: Name | None = None
     direct: bool = True
     lead: Dim | None = None
@@ -187,9 +209,9 @@ class Site(Frozen):
     kind: Kind
     module: Name
     units: Annotated[int, Field(ge=2, le=MAX_UNITS)]
-    groups: tuple[Count, ...] | None = None
-    slices: tuple[Slice, ...]
-    roles: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    groups: Many[Count] | None = None
+    slices: Many[Slice]
+    roles: Annotated[dict[str, Many[Name]], Few] = Field(default_factory=dict)
     task_head: bool = False
     multiple: Annotated[int, Field(ge=1, le=MAX_UNITS)] = 1
     groups_stay: bool = False
@@ -252,8 +274,8 @@ class Fold(Frozen):
     tensor: Name
     dim: Count
     bias: Name
-    rows: tuple[Count, ...]
-    values: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    rows: Many[Count]
+    values: Many[Annotated[float, Field(allow_inf_nan=False)]]
 
     def inside(self, path: str) -> Fold | None:
         """Return it for a module by itself, or None where that does not hold the bias."""
@@ -275,9 +297,9 @@ class SitePlan(Frozen):
     """
 
     site: Site
-    keep: tuple[Count, ...]
-    folds: tuple[Fold, ...] = ()
-    stay: tuple[Count, ...] = ()
+    keep: Many[Count]
+    folds: Many[Fold] = ()
+    stay: Many[Count] = ()
 
     @model_validator(mode="after")
     def _sound(self) -> SitePlan:
@@ -386,7 +408,7 @@ class GatherEdit(Frozen):
     name: Attribute
     axis: Dim
     size: Count
-    keep: tuple[Count, ...]
+    keep: Many[Count]
     rank: Dim
     runs: bool = False
 
@@ -405,7 +427,7 @@ class AttentionEdit(Frozen):
     module: Name
     name: Attribute = "_attn_implementation"
     size: Count
-    keep: tuple[Count, ...]
+    keep: Many[Count]
 
 
 class MultiheadEdit(Frozen):
@@ -422,7 +444,7 @@ class MultiheadEdit(Frozen):
     module: Name
     name: Literal["num_heads"] = "num_heads"
     size: Count
-    keep: tuple[Count, ...]
+    keep: Many[Count]
 
 
 class SpreadEdit(Frozen):
@@ -440,7 +462,7 @@ class SpreadEdit(Frozen):
     module: Name
     name: Literal["input", "output"]
     size: Count
-    keep: tuple[Count, ...]
+    keep: Many[Count]
 
 
 AnyEdit = AttributeEdit | ConfigEdit | GatherEdit | AttentionEdit | MultiheadEdit | SpreadEdit
@@ -487,14 +509,14 @@ class Plan(Shown, Frozen):
     torch: str
     transformers: str | None = None
     fingerprint: Fingerprint
-    sites: tuple[SitePlan, ...] = ()
-    edits: tuple[Edit, ...] = ()
-    spread: tuple[Name, ...] = ()
-    zeroed: tuple[Name, ...] = ()
-    requested: dict[str, float | int | str | tuple[str, ...]] = Field(default_factory=dict)
-    notes: tuple[Note, ...] = ()
+    sites: Many[SitePlan] = ()
+    edits: Many[Edit] = ()
+    spread: Many[Name] = ()
+    zeroed: Many[Name] = ()
+    requested: Annotated[dict[str, float | int | str | Many[str]], Few] = Field(default_factory=dict)
+    notes: Many[Note] = ()
     weights_changed: bool = False
-    config: dict[FieldPath, tuple[Whole, Whole]] = Field(default_factory=dict)
+    config: Annotated[dict[FieldPath, tuple[Whole, Whole]], Few] = Field(default_factory=dict)
     tried: bool = False
 
     @model_validator(mode="after")
@@ -534,9 +556,12 @@ class Plan(Shown, Frozen):
                 raise ValueError(f"it is longer than {MAX_JSON} bytes")
             data = text if isinstance(text, dict) else json.loads(text, parse_constant=_no_number)
             return Plan.model_validate(data)
-        except (ValidationError, ValueError, RecursionError) as error:
-            first = str(error).strip().splitlines()
-            raise PlanError(f"not a valid fxslim plan: {' '.join(line.strip() for line in first[:3])}") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise PlanError(f"not a valid fxslim plan: {place} {first['msg']}".replace(":  ", ": ")) from error
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"not a valid fxslim plan: {error}") from error
 
     def __iter__(self) -> Iterator[SitePlan]:  # type: ignore[override]
         return iter(self.sites)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fxslim
+from fxslim.errors import PlanError
 
 from architectures import ARCHITECTURES
 
@@ -76,6 +79,28 @@ def test_where_no_field_says_it_plain_loading_fails_and_the_report_said_so(
     fxslim.save_pretrained(small, tmp_path / "small")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(small).from_pretrained(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hidden_layers": [1 << 20, 2]}, "num_hidden_layers of the config was 1048576 and is 2: no site has"),
+        ({"intermediate_size": [1 << 20, 7]}, "intermediate_size of the config is 7, which is [0-9]+ there"),
+        ({"no_field": [8, 4]}, "no_field of the config is 4, which is None there"),
+    ],
+)
+def test_sizes_that_no_site_has_are_not_built(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    small: Any = fxslim.slim(ARCHITECTURES["bert_classify"].build(torch.float32), ffn=0.5)
+    folder = fxslim.save_pretrained(small, tmp_path / "small")
+    for name in ("config.json", "fxslim_plan.json"):
+        data = json.loads((folder / name).read_text())
+        plan = data["fxslim"] if name == "config.json" else data  # a plan says by which fxslim it was made
+        plan["config"] = fields
+        (folder / name).write_text(json.dumps(data))
+    begun = time.perf_counter()
+    with pytest.raises(PlanError, match=said):
+        fxslim.from_pretrained(folder)
+    assert time.perf_counter() - begun < 5
 
 
 def test_a_module_of_ones_own_has_nothing_to_say() -> None:

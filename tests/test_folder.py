@@ -232,3 +232,22 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_ours(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match="out cannot be written: Read-only file system"):
         write(tmp_path / "out")
+
+
+def test_what_a_job_has_noted_is_there_until_everything_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fxslim.folder._sync", interrupted)
+        with (  # noqa: PT012
+            pytest.raises(KeyboardInterrupt),
+            replacing(tmp_path / "out", job="0123abcd", leaves_out="done") as staging,
+        ):
+            (staging / "first").write_text("1")
+            (staging / "done").write_text("first")
+    with replacing(tmp_path / "out", job="0123abcd", leaves_out="done") as staging:
+        assert content(staging) == {"first": "1", "done": "first"}
+    assert content(tmp_path / "out") == {"first": "1"}

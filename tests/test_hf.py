@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import BertConfig, PreTrainedModel
 
 import fxslim
 from fxslim import hf
+from fxslim.cli.loading import load
+from fxslim.cli.options import Dtype
 from fxslim.errors import InputError, PlanError, UnsupportedModelError, VerifyError
 from fxslim.hf import save
 
@@ -190,9 +193,9 @@ def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    for load in (fxslim.from_pretrained, hf.load_dense, hf.skeleton):
+    for read in (fxslim.from_pretrained, hf.load_dense, hf.skeleton):
         with pytest.raises(InputError, match=r"there is no folder .*nothing-here"):
-            load(tmp_path / "nothing-here")
+            read(tmp_path / "nothing-here")
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_refused() -> None:
@@ -255,6 +258,14 @@ def test_a_narrowed_folder_is_no_dense_model(tmp_path: Path) -> None:
         hf.load_dense(tmp_path / "small")
 
 
+def test_a_plan_in_the_config_alone_is_found(tmp_path: Path) -> None:
+    small = narrowed("bert_mlm")
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(InputError, match=r"small is narrowed already; load it with fxslim\.from_pretrained"):
+        hf.dense_config(tmp_path / "small")
+    assert load(str(tmp_path / "small"), Dtype.auto).fxslim.plan == small.fxslim.plan
+
+
 def test_the_plan_is_written_as_json(tmp_path: Path) -> None:
     small = narrowed("bert_mlm")
     fxslim.save_pretrained(small, tmp_path / "small")
@@ -275,3 +286,41 @@ def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
     assert not folder.exists()
     fxslim.save_pretrained(mixed.float(), folder)
     assert folder.is_dir()
+
+
+def test_every_module_of_a_sentence_encoder_is_copied_and_nothing_else(tmp_path: Path) -> None:
+    source, copy = tmp_path / "outer" / "source", tmp_path / "copy"
+    for name in ("2_Dense/model.safetensors", "2_Dense/deep/x.bin", "other/weights.bin", "../secret/key"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    paths = ["", "2_Dense", "../secret", str(tmp_path / "outer" / "secret"), "*", 3, None]
+    (source / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    copy.mkdir()
+    hf.copy_beside(source, copy)
+    assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()) == [
+        "2_Dense/deep/x.bin", "2_Dense/model.safetensors", "modules.json"
+    ]  # fmt: skip
+    assert not (tmp_path / "secret").exists()
+
+
+def test_loading_info_is_refused_with_a_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not take output_loading_info=: weights that are missing or unknown"):
+        fxslim.from_pretrained(tmp_path, output_loading_info=True)
+
+
+def test_weights_that_are_elsewhere_are_not_saved(tmp_path: Path) -> None:
+    small = copy.deepcopy(narrowed("bert_mlm")).to("meta")
+    with pytest.raises(InputError, match=r"weights are on meta.*slim_checkpoint"):
+        fxslim.save_pretrained(small, tmp_path / "small")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["/gone/away", "gone/far/away", "gone away"])
+def test_a_tokenizer_that_is_nowhere_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = narrowed("bert_mlm")
+    monkeypatch.setattr(type(small), "save_pretrained", None)
+    with pytest.raises(InputError, match="gone"):
+        fxslim.save_pretrained(small, tmp_path / "small", tokenizer_from=name)
+    assert not any(tmp_path.iterdir())

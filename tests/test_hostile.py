@@ -254,6 +254,30 @@ def test_many_large_sites_are_refused_together(valid: dict[str, Any]) -> None:
     assert time.perf_counter() - begun < 2
 
 
+FAULTS = {
+    "a sequence": ({"notes": [0] * 1_000_000}, "notes.0 Input should be a valid dictionary or instance of Note"),
+    "nested": ({"sites": [{"site": {}, "keep": ["a"] * 1_000_000}]}, "sites.0.site.name Field required"),
+    "strangers": ({f"a{i}": 0 for i in range(250_000)}, "Value error, an object has [0-9]+ fields; 1024 are the most"),
+    "wishes": (
+        {"requested": {f"a{i}": None for i in range(250_000)}},
+        "requested Value error, an object has 250000 fields",
+    ),
+    "fields": ({"config": {f"a{i}": None for i in range(250_000)}}, "config Value error, an object has 250000 fields"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_of_many_faults_the_first_is_told_at_once(valid: dict[str, Any], case: str) -> None:
+    wrong, message = FAULTS[case]
+    text = json.dumps(valid | wrong)
+    assert 3_000_000 < len(text) < MAX_JSON
+    begun = time.perf_counter()
+    with pytest.raises(PlanError, match=f"^not a valid fxslim plan: {message}") as caught:
+        Plan.from_json(text)
+    assert time.perf_counter() - begun < SLOW / 2
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [

@@ -81,7 +81,7 @@ def slim_checkpoint(
     check_free(target, force=force)
     shards = read_shards(source)
     job = _job(shards, plan, asked) if want.data is None else None
-    with replacing(target, force=force, job=job) as staging:
+    with replacing(target, force=force, job=job, leaves_out=DONE) as staging:
         finished = _earlier(staging)
         if want.data is not None:
             (staging / REPAIRED).mkdir()
@@ -105,7 +105,6 @@ def slim_checkpoint(
             write_shards(staging, files, weights, {"format": "pt"}, step)
         _describe(source, skeleton, whole, staging)
         shutil.rmtree(staging / REPAIRED, ignore_errors=True)
-        (staging / DONE).unlink()
     return target
 
 

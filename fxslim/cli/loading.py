@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fxslim import hf
@@ -11,6 +10,6 @@ from fxslim.cli.options import Dtype
 
 def load(name: str, dtype: Dtype) -> Any:
     """Return the model in a folder or under a hub name, ready to infer."""
-    if not (Path(name) / hf.PLAN_FILE).exists():
+    if not hf.is_narrowed(name):
         return hf.load_dense(name, dtype=dtype.value)
     return hf.from_pretrained(name, dtype=dtype.value)

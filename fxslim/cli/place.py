@@ -24,16 +24,6 @@ def check_file(path: Path, *, force: bool) -> None:
     _check_writable(path.resolve().parent)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def _check_writable(folder: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{folder} is no folder that can be written to; choose another place.")

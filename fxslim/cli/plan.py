@@ -10,8 +10,9 @@ import typer
 import fxslim
 from fxslim.cli.app import app, examples
 from fxslim.cli.options import Asked, Cast, Dtype, Json, Model, Quiet, asking, choosing, fractions
-from fxslim.cli.place import check_file, write_file
+from fxslim.cli.place import check_file
 from fxslim.cli.working import working
+from fxslim.folder import write_files
 
 
 @app.command(
@@ -45,9 +46,9 @@ def plan(
         stage("choosing")
         made = fxslim.plan(dense, **asked)
     if output is not None:
-        write_file(output, made.to_json(indent=2) + "\n")
+        write_files({output: made.to_json() + "\n"})
     told = [str(made)] if output is None else [str(made), f"wrote {output}"]
-    typer.echo(made.to_json(indent=2) if as_json else "\n".join(told))
+    typer.echo(made.to_json() if as_json else "\n".join(told))
 
 
 def with_text(model: str, asked: Asked, dense: Any) -> Asked:

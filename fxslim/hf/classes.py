@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
@@ -114,9 +115,22 @@ def check_there(name: str | PathLike[str]) -> None:
 def dense_config(name: str | PathLike[str]) -> PreTrainedConfig:
     """Read the config of a dense model from a local folder or by its hub name."""
     check_there(name)
-    if (Path(name) / PLAN_FILE).exists():
-        raise InputError(f"{name} is narrowed already; load it with fxslim.from_pretrained.")
+    narrowed = (Path(name) / PLAN_FILE).exists()
     try:
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(fspath(name)))
+        config = None if narrowed else cast(PreTrainedConfig, AutoConfig.from_pretrained(fspath(name)))
     except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be read as a model: {first_line(error)}") from error
+    if config is None or getattr(config, "fxslim", None) is not None:
+        raise InputError(f"{name} is narrowed already; load it with fxslim.from_pretrained.")
+    return config
+
+
+def is_narrowed(name: str | PathLike[str]) -> bool:
+    """Tell whether a local folder holds a plan, in a file or in its config."""
+    if (Path(name) / PLAN_FILE).exists():
+        return True
+    try:
+        found = json.loads((Path(name) / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever loads it says what is wrong
+    return isinstance(found, dict) and found.get("fxslim") is not None

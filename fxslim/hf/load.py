@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from fxslim.checkpoint.files import Stored, read_shard
 from fxslim.errors import InputError, PlanError, UnsupportedModelError
-from fxslim.express import set_fields
+from fxslim.express import check_fields, set_fields
 from fxslim.hf.classes import PLAN_FILE, check_there, first_line, model_class, reading
 from fxslim.passes.narrow import replay
 from fxslim.passes.prepare import settle
@@ -36,6 +36,7 @@ _REFUSED = {
     "quantization_config": "quantizing while loading would replace narrowed modules; load the model, then quantize it",
     "ignore_mismatched_sizes": "the plan says every size; weights that do not fit are refused",
     "state_dict": "weights are read from the folder, which the plan belongs to",
+    "output_loading_info": "weights that are missing or unknown are refused, and nothing is left to tell",
     "config": "the folder's own config is used; change model.config afterwards",
 }
 """Arguments of ``from_pretrained`` that make no sense for a narrowed model."""
@@ -74,6 +75,7 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
         raise UnsupportedModelError(
             f"{folder} was quantized after it was narrowed; save the narrowed model, load that, and quantize it then."
         )
+    check_fields(config, plan)
     original = model_class(config, source=trusted, **where)
     narrowed: Any = _narrowed(original, plan)
     with reading(folder), _fitting(folder, plan):

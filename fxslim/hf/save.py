@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 from os import PathLike, fspath
@@ -10,13 +12,14 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
 from fxslim.errors import InputError, StorageError
 from fxslim.folder import replacing
 from fxslim.hf.card import CARD, card
-from fxslim.hf.classes import PLAN_FILE, first_line, reading
+from fxslim.hf.classes import PLAN_FILE, check_there, first_line, reading
 from fxslim.hf.reread import check_saved
 from fxslim.report import Record
 
@@ -67,6 +70,8 @@ def save_pretrained(
         VerifyError: what was written does not load back as ``small``.
     """
     model, record = _narrowed(small)
+    if tokenizer_from is not None:
+        _check_source(tokenizer_from)
     sharding: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with replacing(Path(folder), force=force) as staging:
         model.save_pretrained(staging, **sharding)
@@ -124,16 +129,40 @@ def push_to_hub(
 
 def copy_beside(source: str | PathLike[str], folder: Path) -> None:
     """Copy tokenizer and processor files of a folder or of a repository of the hub, none of its weights."""
-    local = Path(source)
-    if not local.is_dir():
+    local, hub = Path(source), not Path(source).is_dir()
+    if hub:
         with reading(source):
             local = Path(snapshot_download(fspath(source), allow_patterns=list(BESIDE_THE_MODEL)))
-    for pattern in BESIDE_THE_MODEL:
+    modules = [f"{path}/**/*" for path in _modules(local)]
+    if hub and modules:
+        with reading(source):
+            local = Path(snapshot_download(fspath(source), allow_patterns=[*BESIDE_THE_MODEL, *modules]))
+    for pattern in (*BESIDE_THE_MODEL, *modules):
         for path in local.glob(pattern):
             if path.is_file():
                 copied = folder / path.relative_to(local)
-                copied.parent.mkdir(exist_ok=True)
+                copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copied)
+
+
+def _modules(folder: Path) -> list[str]:
+    """Return the folders of the modules that follow an encoder of sentence-transformers; none outside its own."""
+    try:
+        named = json.loads((folder / "modules.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    paths = [one.get("path") for one in named if isinstance(one, dict)] if isinstance(named, list) else []
+    return [path for path in paths if isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", path)]
+
+
+def _check_source(source: str | PathLike[str]) -> None:
+    """Raise InputError for what is neither a folder nor a name of the hub, before anything is written."""
+    check_there(source)
+    if not Path(source).is_dir():
+        try:
+            validate_repo_id(fspath(source))
+        except HFValidationError as error:
+            raise InputError(f"tokenizer_from= names no folder, nor a repository: {first_line(error)}") from error
 
 
 def _narrowed(small: nn.Module) -> tuple[PreTrainedModel, Record]:
@@ -148,6 +177,11 @@ def _narrowed(small: nn.Module) -> tuple[PreTrainedModel, Record]:
         raise InputError(
             "the model has adapters of peft: merge them first (peft's merge_and_unload()), or save them by themselves "
             "with small.save_pretrained, and the narrowed model before adapters are added."
+        )
+    if any(tensor.is_meta for tensor in small.parameters()):
+        raise InputError(
+            "some of the model's weights are on meta: accelerate keeps them elsewhere. Load it without offloading to "
+            "save it, or narrow its files with fxslim.slim_checkpoint."
         )
     dtypes = {p.dtype for p in small.parameters() if p.is_floating_point()}
     if len(dtypes) > 1:
