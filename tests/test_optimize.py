@@ -234,3 +234,34 @@ def test_numbers_that_are_drawn_are_drawn_every_time() -> None:
     assert sum("rand" in name for name in operations(made)) == 2
     x = torch.randn(2, 5, 4)
     assert not torch.equal(made(x), made(x))
+
+
+class _Returning(nn.Module):
+    """Returns what a caller may write into: a constant, a copy of the input, and the same computed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.randn(4))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        made = self.scale.exp()
+        y = self.down(torch.relu(self.up(x))) * made
+        twice = y.softmax(-1), self.drop(y.softmax(-1)).transpose(0, 1)
+        return (y, made, made.expand(3, 4)[1:], x.clone(), self.drop(x.contiguous() * 1), *twice)
+
+
+def test_results_are_the_callers_own() -> None:
+    torch.manual_seed(0)
+    model, x = _Returning().eval(), torch.randn(2, 5, 4)
+    made = fxslim.optimize(fxslim.compile(model, x))
+    given, expected = x.clone(), [value.clone() for value in model(x)]
+    for place in range(len(expected)):
+        results = made(x)
+        same = {2: 1, 1: 2}.get(place)  # one is a view of the other in the model, too
+        results[place].zero_()
+        assert torch.equal(x, given)
+        for other, value in enumerate(results):
+            assert other in (place, same) or torch.allclose(value, expected[other], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(made(x), expected, strict=True))

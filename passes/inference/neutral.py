@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxslim.passes.inference.draft import Draft, Run
+from fxslim.passes.inference.views import leaving
 from fxslim.passes.steps import argument, name_of
 from fxslim.pipeline import Facts
 
@@ -47,9 +48,9 @@ class DropNeutral:
     def run(self, facts: Facts) -> Facts:
         """Take out."""
         draft = facts.get(Draft).copied()
-        seen = list(_seen(draft))
+        seen, kept = list(_seen(draft)), leaving(draft.graph)
         for node in list(draft.graph.nodes):
-            if node.op == "call_function" and _neutral(node, seen):
+            if node.op == "call_function" and node not in kept and _neutral(node, seen):
                 node.replace_all_uses_with(node.args[0])
                 draft.graph.erase_node(node)
         return facts.adding(draft.holding(draft.tensors))
