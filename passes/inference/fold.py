@@ -50,7 +50,7 @@ class FoldConstants:
             value = values[node]
             if isinstance(value, PLAIN):
                 put(node, value)
-            elif isinstance(value, torch.Tensor) and _fits(node, value, values):
+            elif isinstance(value, torch.Tensor) and _fits(node, value := _loadable(value), values):
                 with graph.inserting_before(node):
                     made = graph.get_attr(add(tensors, "constant", value))
                 node.replace_all_uses_with(made)
@@ -96,6 +96,12 @@ def _fits(node: fx.Node, value: torch.Tensor, values: Mapping[fx.Node, Any]) -> 
                 freed[storage(values[read])] = _bytes(values[read])
     mine = 0 if storage(value) in {storage(values[n]) for n in values if n.op == "get_attr"} else _bytes(value)
     return mine <= sum(freed.values()) + SMALL
+
+
+def _loadable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that can be loaded into: elements that share their memory, as expanded ones do, cannot be."""
+    shared = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if shared else tensor
 
 
 def _bytes(tensor: torch.Tensor) -> int:
