@@ -279,7 +279,7 @@ class _Heads(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = self.down(torch.relu(self.up(x)))
         y = y * (self.scale.exp().expand(3, 4) * 1).sum(0) + (y[0, :3] * self.scale.expand(3, 4)).sum()
-        copies = x.contiguous().view(x.shape[0], -1, 2) + (x * 2).contiguous().view(x.shape[0], -1, 2)
+        copies = x.clone(memory_format=torch.contiguous_format).view(x.shape[0], -1, 2)
         return self.first(y), self.second(y).unsqueeze(0), copies
 
 
