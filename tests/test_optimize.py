@@ -234,3 +234,66 @@ def test_numbers_that_are_drawn_are_drawn_every_time() -> None:
     assert sum("rand" in name for name in operations(made)) == 2
     x = torch.randn(2, 5, 4)
     assert not torch.equal(made(x), made(x))
+
+
+class _Returning(nn.Module):
+    """Returns what a caller may write into: a constant, a copy of the input, and the same computed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.randn(4))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        made = self.scale.exp()
+        y = self.down(torch.relu(self.up(x))) * made
+        twice = y.softmax(-1), self.drop(y.softmax(-1)).transpose(0, 1)
+        return (y, made, made.expand(3, 4)[1:], x.clone(), self.drop(x.contiguous() * 1), *twice)
+
+
+def test_results_are_the_callers_own() -> None:
+    torch.manual_seed(0)
+    model, x = _Returning().eval(), torch.randn(2, 5, 4)
+    made = fxslim.optimize(fxslim.compile(model, x))
+    given, expected = x.clone(), [value.clone() for value in model(x)]
+    for place in range(len(expected)):
+        results = made(x)
+        same = {2: 1, 1: 2}.get(place)  # one is a view of the other in the model, too
+        results[place].zero_()
+        assert torch.equal(x, given)
+        for other, value in enumerate(results):
+            assert other in (place, same) or torch.allclose(value, expected[other], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(made(x), expected, strict=True))
+
+
+class _Heads(nn.Module):
+    """Two heads of one value, of which one is a view; a copy whose need depends on the caller; an expanded constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.down(torch.relu(self.up(x)))
+        y = y * (self.scale.exp().expand(3, 4) * 1).sum(0) + (y[0, :3] * self.scale.expand(3, 4)).sum()
+        copies = x.clone(memory_format=torch.contiguous_format).view(x.shape[0], -1, 2)
+        return self.first(y), self.second(y).unsqueeze(0), copies
+
+
+def test_memory_of_results_copies_and_constants() -> None:
+    from fxslim.passes.inference.optimized import through_inductor
+
+    torch.manual_seed(0)
+    graph = fxslim.compile(_Heads().eval(), torch.randn(2, 5, 4))
+    made = fxslim.optimize(graph)
+    for x in (torch.randn(2, 5, 4), torch.randn(2, 4, 5).mT):
+        for want, got in zip(graph(x), made(x), strict=True):
+            assert want.stride() == got.stride()
+            assert torch.allclose(want, got, atol=1e-6)
+        made(x)[0].view(-1)
+    made.load_state_dict(made.state_dict())
+    again = copy.deepcopy(through_inductor(made))
+    assert again.get_submodule("operations")._compiled_call_impl is not None

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxslim.dtypes import limit_of
 from fxslim.passes.inference.draft import Draft, add, put, storage
+from fxslim.passes.inference.views import leaving
 from fxslim.pipeline import Facts
 
 SMALL = 1 << 20
@@ -29,7 +30,7 @@ class FoldConstants:
     """Put tensors and numbers in the place of what computes them anew at every call.
 
     Requires: no operation writes into its operands. Ensures: sizes of inputs stay open, and what is stored instead is
-    small, or no larger than what it is made of and nobody else reads.
+    small, or no larger than what it is made of and nobody else reads. What leaves is computed anew at every call.
     """
 
     requires: ClassVar[tuple[type, ...]] = (Draft,)
@@ -39,9 +40,9 @@ class FoldConstants:
         """Fold."""
         draft = facts.get(Draft).copied()
         graph, tensors = draft.graph, dict(draft.tensors)
-        values = _values(graph, tensors)
+        values, kept = _values(graph, tensors), leaving(graph)
         for node in reversed(list(graph.nodes)):  # the last constant of a chain first: the rest of it is not read then
-            if node.op != "call_function" or node not in values:
+            if node.op != "call_function" or node not in values or node in kept:
                 continue
             if not node.users:
                 graph.erase_node(node)
@@ -49,7 +50,7 @@ class FoldConstants:
             value = values[node]
             if isinstance(value, PLAIN):
                 put(node, value)
-            elif isinstance(value, torch.Tensor) and _fits(node, value, values):
+            elif isinstance(value, torch.Tensor) and _fits(node, value := _loadable(value), values):
                 with graph.inserting_before(node):
                     made = graph.get_attr(add(tensors, "constant", value))
                 node.replace_all_uses_with(made)
@@ -95,6 +96,12 @@ def _fits(node: fx.Node, value: torch.Tensor, values: Mapping[fx.Node, Any]) -> 
                 freed[storage(values[read])] = _bytes(values[read])
     mine = 0 if storage(value) in {storage(values[n]) for n in values if n.op == "get_attr"} else _bytes(value)
     return mine <= sum(freed.values()) + SMALL
+
+
+def _loadable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that can be loaded into: elements that share their memory, as expanded ones do, cannot be."""
+    shared = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if shared else tensor
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxslim.passes.inference.draft import Draft, add, storage
+from fxslim.passes.inference.views import leaving
 from fxslim.pipeline import Facts
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ class FuseLinears:
 
     Those further on, such as keys and values of a decoder's next layers, stay apart: all of them would be in memory at
     once. Requires: no operation writes into its operands. Ensures: tensors that anything else reads as well, under
-    whatever name, stay as they are; views of the pieces copy where they have to.
+    whatever name, stay as they are; so do linears whose value leaves, and views of the pieces copy where they have to.
     """
 
     requires: ClassVar[tuple[type, ...]] = (Draft,)
@@ -60,11 +61,11 @@ class FuseLinears:
         draft = facts.get(Draft).copied()
         if any(node.target in LAYOUT for node in draft.graph.nodes):
             return facts
-        tensors = dict(draft.tensors)
+        tensors, kept = dict(draft.tensors), leaving(draft.graph)
         groups: list[tuple[Any, list[Linear]]] = []
         reads = Counter(storage(tensors[str(node.target)]) for node in draft.graph.find_nodes(op="get_attr"))
         for linear in filter(None, map(linear_of, draft.graph.nodes)):
-            key = _key(linear, tensors, reads)
+            key = None if linear.node in kept else _key(linear, tensors, reads)
             if key is None or not groups or groups[-1][0] != key:
                 groups.append((key, []))
             groups[-1][1].append(linear)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxslim.passes.inference.draft import Draft, Run
+from fxslim.passes.inference.views import given, leaving
 from fxslim.passes.steps import argument, name_of
 from fxslim.pipeline import Facts
 
@@ -47,8 +48,10 @@ class DropNeutral:
     def run(self, facts: Facts) -> Facts:
         """Take out."""
         draft = facts.get(Draft).copied()
-        seen = list(_seen(draft))
+        seen, kept, theirs = list(_seen(draft)), leaving(draft.graph), given(draft.graph)
         for node in list(draft.graph.nodes):
+            if node in kept or (name_of(node) in COPIES and node.args[0] in theirs):
+                continue
             if node.op == "call_function" and _neutral(node, seen):
                 node.replace_all_uses_with(node.args[0])
                 draft.graph.erase_node(node)
@@ -83,11 +86,11 @@ def _is_size(size: Any, operand: fx.Node, axis: int) -> bool:
 
 
 def _seen(draft: Draft) -> Iterator[dict[fx.Node, Seen]]:
-    """Yield what values are, in every size, and with every input as another kind of number.
+    """Yield what values are, in every size, with every input as another kind of number, and in other memory layouts.
 
     What raises on the way tells as much as was seen until then: the graph does not take such inputs.
     """
-    for leaves in (*draft.samples, *_other_kinds(draft.samples[0])):
+    for leaves in (*draft.samples, *_other_kinds(draft.samples[0]), *_other_layouts(draft.samples[0])):
         found: dict[fx.Node, Seen] = {}
 
         def show(node: fx.Node, value: Any, found: dict[fx.Node, Seen] = found) -> None:
@@ -105,3 +108,14 @@ def _other_kinds(leaves: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         if isinstance(leaf, torch.Tensor):
             kinds = FLOATS if leaf.is_floating_point() else WHOLE
             yield from ((*leaves[:place], leaf.to(kind), *leaves[place + 1 :]) for kind in kinds if kind != leaf.dtype)
+
+
+def _other_layouts(leaves: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield the same inputs, each with another axis of its tensors last in memory."""
+    for axis in range(max((leaf.ndim for leaf in leaves if isinstance(leaf, torch.Tensor)), default=0)):
+        yield tuple(
+            leaf.movedim(axis, -1).contiguous().movedim(-1, axis)
+            if isinstance(leaf, torch.Tensor) and axis < leaf.ndim
+            else leaf
+            for leaf in leaves
+        )

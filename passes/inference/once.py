@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxslim.passes.inference.draft import Draft
 from fxslim.passes.inference.fold import repeatable
+from fxslim.passes.inference.views import leaving
 from fxslim.pipeline import Facts
 
 
@@ -19,7 +20,8 @@ from fxslim.pipeline import Facts
 class ComputeOnce:
     """Let every reader of equal operations read the first of them.
 
-    Requires: no operation writes into its operands. Ensures: operations that draw numbers stay apart.
+    Requires: no operation writes into its operands. Ensures: operations that draw numbers stay apart, and
+    so do results.
     """
 
     requires: ClassVar[tuple[type, ...]] = (Draft,)
@@ -28,9 +30,10 @@ class ComputeOnce:
     def run(self, facts: Facts) -> Facts:
         """Merge."""
         draft = facts.get(Draft).copied()
+        kept = leaving(draft.graph)
         first: dict[Hashable, fx.Node] = {}
         for node in list(draft.graph.nodes):
-            if node.op != "get_attr" and not repeatable(node):
+            if node in kept or (node.op != "get_attr" and not repeatable(node)):
                 continue
             same = first.setdefault(_key(node), node)
             if same is not node:

@@ -19,6 +19,14 @@ from fxslim.passes.inference.draft import Draft
 class OptimizedModule(CompiledModule):
     """A compiled graph whose constants are computed, so that it can neither be moved nor cast."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        """Copy, and compile again what is compiled: torch leaves that out."""
+        copied = super().__deepcopy__(memo)
+        for name, own in self.named_children():
+            if own._compiled_call_impl is not None:
+                copied.get_submodule(name).compile(dynamic=True)
+        return copied
+
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
         """Refuse another device and another dtype."""
         for device, dtype in {(own.device, own.dtype) for own in (*self.parameters(), *self.buffers())}:
