@@ -24,12 +24,14 @@ from fxslim.checkpoint.plan import bar, chosen, folder_of
 from fxslim.checkpoint.shards import DONE, Written, targets, write_shards
 from fxslim.errors import InputError, PlanError
 from fxslim.folder import check_free, replacing
+from fxslim.hf.card import CARD, card
 from fxslim.lazy import Spilled
 from fxslim.passes.narrow import check_fits, replay
 from fxslim.passes.pad import padded
 from fxslim.passes.pipelines import check_plan
 from fxslim.passes.prepare import fingerprint
 from fxslim.plan import Plan
+from fxslim.report import Record
 from fxslim.sharing import named_once
 
 WITH_A_PLAN = {"calibration", "max_tokens", "repair", "propagate", "swaps", "seed"}
@@ -161,7 +163,7 @@ def _check_space(staging: Path, files: dict[str, list[Written]]) -> None:
 
 
 def _describe(source: Path, skeleton: Any, plan: Plan, staging: Path) -> None:
-    """Write the narrowed skeleton's config, the generation config and the tokenizer's files."""
+    """Write the narrowed skeleton's config, the generation config, the tokenizer's files and a model card."""
     skeleton.config.fxslim = plan.model_dump(mode="json", exclude_none=True)
     skeleton.config.architectures = [type(skeleton).__name__]
     skeleton.config.save_pretrained(staging)
@@ -172,3 +174,4 @@ def _describe(source: Path, skeleton: Any, plan: Plan, staging: Path) -> None:
         else:
             skeleton.generation_config.save_pretrained(staging)
     hf.copy_beside(source, staging)
+    (staging / CARD).write_text(card(skeleton, Record(plan), source=source), encoding="utf-8")
