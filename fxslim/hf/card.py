@@ -69,7 +69,7 @@ def _section(kind: str, base: Any, record: Record) -> list[str]:
     if plan.weights_changed:
         lines += ["", "What is left was repaired on calibration data; the dense weights cannot stand in for it."]
     if report is None and plan.tried:
-        how = "It was narrowed tensor by tensor, without being loaded; a layer of every kind was compared with the masked"
+        how = "It was narrowed tensor by tensor, without being loaded; a layer of each kind was compared with a masked"
         lines += ["", f"{how} one. How good it is was not measured."]
     elif report is None:
         lines += ["", "It was loaded and saved again: what was measured when it was narrowed is not known here."]
