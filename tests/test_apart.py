@@ -27,7 +27,7 @@ CALLS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS.keys() - {"plan"})
+@pytest.mark.parametrize("call", [call for call in CALLS if call != "plan"])
 def test_an_offloaded_model_is_refused_with_the_way_round(call: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     BertModel(CONFIG).save_pretrained(tmp_path / "dense")
