@@ -175,8 +175,11 @@ def _write(path: Path, tensors: Sequence[Written], weights: Weights, metadata: M
 
 
 def _checksum(path: Path) -> str:
+    checksum = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while data := file.read(1 << 24):
+            checksum.update(data)
+    return checksum.hexdigest()
 
 
 def _done(folder: Path) -> dict[str, str]:
