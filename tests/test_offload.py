@@ -153,24 +153,20 @@ def test_a_speed_up_is_refused(pair: tuple[nn.Module, nn.Module]) -> None:
         fxslim.plan(pair[1], calibration=batches(), target=fxslim.speedup(1.5))
 
 
-def test_a_model_that_runs_elsewhere_is_refused(pair: tuple[nn.Module, nn.Module]) -> None:
-    hook = next(hook for module in pair[1].modules() for hook in offloading(module))
-    before, hook.execution_device = hook.execution_device, torch.device("cuda", 0)
-    try:
-        with pytest.raises(UnsupportedModelError, match=r"runs on cuda.*device_map=\{'': 'disk'\}"):
-            fxslim.plan(pair[1], ffn=0.5)
-    finally:
-        hook.execution_device = before
-
-
-def test_weights_that_nobody_knows_are_refused(pair: tuple[nn.Module, nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("execution_device", torch.device("cuda", 0), r"runs on cuda.*device_map=\{'': 'disk'\}"),
+        ("offload", False, "weight is on meta, and no hook of accelerate"),
+    ],
+)
+def test_weights_elsewhere_or_nowhere_are_refused(
+    pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch, name: str, value: Any, said: str
+) -> None:
     hook = next(hook for module in pair[1].modules() if isinstance(module, nn.Linear) for hook in offloading(module))
-    hook.offload = False
-    try:
-        with pytest.raises(UnsupportedModelError, match=r"weight is on meta, and no hook of accelerate"):
-            fxslim.plan(pair[1], ffn=0.5)
-    finally:
-        hook.offload = True
+    monkeypatch.setattr(hook, name, value)
+    with pytest.raises(UnsupportedModelError, match=said):
+        fxslim.plan(pair[1], ffn=0.5)
 
 
 def test_computed_weights_are_refused(pair: tuple[nn.Module, nn.Module]) -> None:

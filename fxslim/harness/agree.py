@@ -29,9 +29,7 @@ class DisagreementError(VerifyError):
 
 def record_of(model: nn.Module) -> Record | None:
     """Return what a narrowed model carries, in whichever form; None for a dense one."""
-    meta = getattr(model, "meta", None)
-    found = meta.get("fxslim") if isinstance(meta, dict) else None
-    found = getattr(model, "fxslim", None) if found is None else found
+    found = getattr(model, "fxslim", None)
     return found if isinstance(found, Record) else None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from fxslim.lazy import Lazy
 from fxslim.passes.fitting.consumers import Call, Consumer
 from fxslim.passes.fitting.observe import flat
 from fxslim.passes.fitting.outputs import draw_of, loss, size
@@ -57,7 +58,7 @@ def sensitivity(tape: Tape, consumers: Sequence[Consumer], rows: Rows, *, seed: 
     norms: dict[fx.Node, list[Tensor]] = {node: [] for node in called}
     squares: dict[str, Tensor] = {}
     whole = torch.zeros(1, dtype=torch.float64)
-    detached = any(tensor.is_inference() for tensor in tape.tensors.values())
+    detached = not isinstance(tape.tensors, Lazy) and any(tensor.is_inference() for tensor in tape.tensors.values())
     for batch, given in enumerate(rows.batches):
         made = None if detached else _gradients(tape, called, rows, batch, draw_of(given.inputs, seed))
         if made is None:
