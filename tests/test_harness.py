@@ -166,7 +166,7 @@ def test_a_cache_is_used_whatever_the_config_says() -> None:
 
 
 def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any, tmp_path: Path) -> None:
-    found = fxslim.benchmark({"dense": bert, "slim": slim}, batches=[1], lengths=[4], **QUICK)
+    found = fxslim.benchmark({"dense": bert, "slim": slim}, batches=[1], lengths=[4], max_seconds=1e-6)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["sizes"]["slim"]["parameters"] == found.sizes["slim"].parameters
     text = found.to_markdown()
@@ -182,7 +182,7 @@ def test_tables_say_the_same_everywhere(bert: BertModel, slim: Any, tmp_path: Pa
     with pytest.raises(InputError, match="is saved as"):
         found.save(tmp_path / "b.xlsx")
     assert "times faster" in str(found)
-    assert "time was up" in str(found)  # in a twentieth of a second
+    assert "time was up" in str(found)  # after one round
 
 
 @pytest.mark.parametrize(
