@@ -1,33 +1,20 @@
-"""What the tests of all architectures share: one trace a model, sites in words, slices by their blocks, the oracle."""
+"""What the tests of all architectures share: sites in words, slices by their blocks, the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fxslim
-from fxslim.passes import pipelines
 from fxslim.plan import Plan, Site, Slice
-from fxslim.program import Program
 
 from oracle import Channel, disturb
-
-BUILT: set[int] = set()
-"""First parameters of models that live as long as their tests, and do not change."""
-
-
-def keep(model: Any) -> Any:
-    """Say of a model that it lives as long as the tests, so that it is traced once."""
-    BUILT.add(id(next(model.parameters())))
-    return model
 
 
 @contextmanager
@@ -39,25 +26,6 @@ def quiet() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def one_trace_per_model() -> Iterator[None]:
-    """Trace each model once: a program is never edited, and tracing is nine tenths of every call."""
-    traced: dict[tuple[int, int | None], Program] = {}
-
-    def trace(model: nn.Module, *candidates: Any, filled: frozenset[str], open_axes: int | None = None) -> Program:
-        first = id(next(model.parameters()))  # copies that are worked on share the parameters
-        if first not in BUILT:
-            return pipelines_trace(model, *candidates, filled=filled, open_axes=open_axes)
-        if (first, open_axes) not in traced:
-            traced[first, open_axes] = pipelines_trace(model, *candidates, filled=filled, open_axes=open_axes)
-        return traced[first, open_axes]
-
-    pipelines_trace = pipelines.trace
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines, "trace", trace)
-        yield
 
 
 def layers(*sites: str, at: str = "") -> list[str]:

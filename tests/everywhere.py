@@ -13,7 +13,6 @@ from fxslim.plan import Plan
 
 from agreement import random_plan, tolerance
 from architectures import ARCHITECTURES, PAD, Architecture
-from battery import keep
 from hard import HARD
 
 ENTRIES: dict[str, Architecture] = {**ARCHITECTURES, **HARD}
@@ -34,7 +33,7 @@ def built(name: str) -> Any:
             for field, value in list(vars(holder).items()) if holder is not None else ():
                 if ("dropout" in field or "layerdrop" in field) and isinstance(value, float):
                     setattr(holder, field, 0.0)
-    return keep(model)
+    return model
 
 
 @functools.cache

@@ -17,9 +17,7 @@ from agreement import difference, outputs, random_plan, tolerance
 from architectures import ARCHITECTURES, Attention
 from battery import (
     assert_labels_say_what_the_oracle_sees,
-    keep,
     layers,
-    one_trace_per_model,
     quiet,
     reached,
     removed,
@@ -34,13 +32,13 @@ CASES = [(name, attn) for name, entry in ARCHITECTURES.items() for attn in ("eag
 
 @pytest.fixture(autouse=True, scope="module")
 def _battery() -> Iterator[None]:
-    with quiet(), one_trace_per_model():
+    with quiet():
         yield
 
 
 @functools.cache
 def built(name: str, attn: Attention) -> Any:
-    return keep(ARCHITECTURES[name].build(torch.float64, attn))
+    return ARCHITECTURES[name].build(torch.float64, attn)
 
 
 @functools.cache

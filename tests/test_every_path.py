@@ -19,7 +19,7 @@ from fxslim.passes.narrow import replay
 
 from agreement import difference, outputs
 from architectures import VOCAB
-from battery import one_trace_per_model, quiet
+from battery import quiet
 from everywhere import (
     DECODERS,
     ENTRIES,
@@ -38,7 +38,7 @@ from everywhere import (
 
 @pytest.fixture(autouse=True, scope="module")
 def _battery() -> Iterator[None]:
-    with quiet(), one_trace_per_model():
+    with quiet():
         yield
 
 

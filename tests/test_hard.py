@@ -21,9 +21,7 @@ from agreement import FIXED, difference, outputs, plain_kernels, random_plan, to
 from architectures import Attention
 from battery import (
     assert_labels_say_what_the_oracle_sees,
-    keep,
     layers,
-    one_trace_per_model,
     quiet,
     reached,
     removed,
@@ -52,13 +50,13 @@ def cases(test: str) -> list[Any]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _battery() -> Iterator[None]:
-    with quiet(), one_trace_per_model():
+    with quiet():
         yield
 
 
 @functools.cache
 def built(name: str, attn: Attention) -> Any:
-    return keep(HARD[name].build(torch.float64, attn))
+    return HARD[name].build(torch.float64, attn)
 
 
 def example(name: str) -> dict[str, Tensor] | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.environment import write_result
 from benchmarks.recipes import classify_magnitude, qa_auto, qa_ffn, qa_heads
+from benchmarks.tuning import has_bf16
 
 RECIPES = {"qa_ffn": qa_ffn, "qa_heads": qa_heads, "qa_auto": qa_auto, "classify_magnitude": classify_magnitude}
 
@@ -44,12 +45,12 @@ def main() -> None:
     done = {row["recipe"] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.recipes:
-            own = ["--data", given.data, "--bf16", "--dense", str(Path(folder) / "qa")]
-            own += ["--num_train_epochs", str(given.epochs)]
+            own = ["--data", given.data, *(["--bf16"] if has_bf16() else [])]
             if name == "classify_magnitude":
-                dense = given.sst2_model or Path(folder) / "sst2"
-                own = ["--data", given.data, "--bf16", "--dense", str(dense), "--num_train_epochs", "2"]
+                own += ["--dense", str(given.sst2_model or Path(folder) / "sst2"), "--num_train_epochs", "2"]
                 own += ["--per_device_train_batch_size", "32", "--max_train_samples", str(given.samples)]
+            else:
+                own += ["--dense", str(Path(folder) / "qa"), "--num_train_epochs", str(given.epochs)]
             if name not in done:
                 rows.append(RECIPES[name].main(own))
             if given.rows is not None:
