@@ -14,6 +14,7 @@ from fxslim.passes.emit import CompiledModule
 from fxslim.passes.inference.draft import Draft, drafted
 from fxslim.passes.inference.fold import FoldConstants
 from fxslim.passes.inference.fuse import FuseLinears
+from fxslim.passes.inference.masks import AddMasks
 from fxslim.passes.inference.neutral import DropNeutral
 from fxslim.passes.inference.once import ComputeOnce
 from fxslim.passes.inference.optimized import OptimizedModule, emitted, through_inductor
@@ -24,16 +25,17 @@ from fxslim.passes.verify import compare, refer
 from fxslim.pipeline import Observer, Pass, Pipeline
 from fxslim.program import Program
 
-OPTIMIZE: tuple[Pass, ...] = (FoldConstants(), DropNeutral(), ComputeOnce(), FuseLinears())
+OPTIMIZE: tuple[Pass, ...] = (FoldConstants(), DropNeutral(), ComputeOnce(), AddMasks(), FuseLinears())
 
 
 def optimize(graph: nn.Module, *, inductor: bool = False, observer: Observer | None = None) -> OptimizedModule:
     """Return a faster graph that computes the same, for inference in one dtype on one device.
 
-    What is computed of parameters alone is computed once, dropout and copies go, equal operations run once, and linears
-    of the same value (queries, keys and values; gate and up) become one. Cast and move before, not after: the result
-    refuses both. It shares the tensors that it does not change with the given graph, and takes no gradients for them.
-    Weights that change in the given graph afterwards reach only a part of it: optimize again after weights change.
+    What is computed of parameters alone is computed once, dropout and copies go, equal operations run once, masks become
+    numbers once for all layers, and linears of the same value (queries, keys and values; gate and up) become one. Cast
+    and move before, not after: the result refuses both. It shares the tensors that it does not change with the given
+    graph, and takes no gradients for them. Weights that change in the given graph afterwards reach only a part of it:
+    optimize again after weights change.
 
     Args:
         graph: what `compile` returned. It is not changed.

@@ -7,9 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0"
-)  # it pays in deep models only
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # it pays in deep models only
 
 from collections.abc import Iterator
 

@@ -113,6 +113,20 @@ def _plain(**options: bool) -> tuple[CompiledModule, Tensor]:
     return graph, x
 
 
+@pytest.mark.parametrize(("name", "masks"), [("bert", 1), ("llama_gqa", 1), ("bart", 3), ("vit_classify", 1)])
+def test_masks_become_numbers_once(name: str, masks: int) -> None:
+    graph = compiled(name)
+    made = fxslim.optimize(graph)
+    inputs = CASES[name].inputs(3, 9, seed=3, dtype=torch.float64)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][1, 2:] = 0
+    agree(graph, made, inputs)
+    fills = [node for node in made.graph.nodes if str(node.target) == "aten.masked_fill.Scalar"]
+    read = {node.args[3] for node in made.graph.nodes if "scaled_dot" in str(node.target) and len(node.args) > 3}
+    assert len(fills) == masks
+    assert set(fills) <= read
+
+
 def test_tied_weights_are_left_alone() -> None:
     for tied, left in ((False, 2), (True, 3)):
         graph, x = _plain(tied=tied)

@@ -48,7 +48,7 @@ class DropNeutral:
     def run(self, facts: Facts) -> Facts:
         """Take out."""
         draft = facts.get(Draft).copied()
-        seen, kept, theirs = list(_seen(draft)), leaving(draft.graph), given(draft.graph)
+        seen, kept, theirs = list(observed(draft)), leaving(draft.graph), given(draft.graph)
         for node in list(draft.graph.nodes):
             if node in kept or (name_of(node) in COPIES and node.args[0] in theirs):
                 continue
@@ -85,7 +85,7 @@ def _is_size(size: Any, operand: fx.Node, axis: int) -> bool:
     return bool(size == -1)
 
 
-def _seen(draft: Draft) -> Iterator[dict[fx.Node, Seen]]:
+def observed(draft: Draft) -> Iterator[dict[fx.Node, Seen]]:
     """Yield what values are, in every size, with every input as another kind of number, and in other memory layouts.
 
     What raises on the way tells as much as was seen until then: the graph does not take such inputs.

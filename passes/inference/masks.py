@@ -1,0 +1,61 @@
+"""Turn masks of truth values into numbers once, which every attention that reads them would do by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxslim.passes.inference.draft import Draft
+from fxslim.passes.inference.neutral import observed
+from fxslim.passes.steps import argument
+from fxslim.pipeline import Facts
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class AddMasks:
+    """Let attentions add zero and minus infinity where they would choose by true and false.
+
+    Torch's attention makes these numbers of a mask before it does anything else. Requires: no operation writes into its
+    operands. Ensures: a mask is turned into numbers once for each dtype of queries; masks that one attention reads
+    alone stay as they are.
+    """
+
+    requires: ClassVar[tuple[type, ...]] = (Draft,)
+    ensures: ClassVar[tuple[type, ...]] = (Draft,)
+
+    def run(self, facts: Facts) -> Facts:
+        """Turn."""
+        draft = facts.get(Draft).copied()
+        attentions = draft.graph.find_nodes(op="call_function", target=ATTENTION)
+        if not attentions:
+            return facts
+        dtypes: dict[fx.Node, set[torch.dtype]] = {}
+        for values in observed(draft):
+            for node, value in values.items():
+                dtypes.setdefault(node, set()).add(value.dtype)
+        readers: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
+        for node in attentions:
+            query, mask = node.args[0], argument(node, 3, "attn_mask")
+            if isinstance(query, fx.Node) and isinstance(mask, fx.Node) and dtypes.get(mask) == {torch.bool}:
+                for dtype in dtypes.get(query, ()):
+                    readers.setdefault((mask, dtype), []).append(node)
+        for (mask, dtype), nodes in readers.items():
+            if len(nodes) > 1 and all(dtypes[node.args[0]] == {dtype} for node in nodes):  # type: ignore[index]
+                _add(draft.graph, mask, dtype, nodes)
+        return facts.adding(draft.holding(draft.tensors))
+
+
+def _add(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype, readers: list[fx.Node]) -> None:
+    """Let attentions read zeros for true and minus infinities for false."""
+    with graph.inserting_before(readers[0]):
+        zeros = graph.call_function(aten.zeros_like.default, (mask,), {"dtype": dtype})
+        away = graph.call_function(aten.logical_not.default, (mask,))
+        added = graph.call_function(aten.masked_fill.Scalar, (zeros, away, float("-inf")))
+    for node in readers:
+        node.replace_input_with(mask, added)
