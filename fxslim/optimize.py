@@ -31,10 +31,10 @@ OPTIMIZE: tuple[Pass, ...] = (FoldConstants(), DropNeutral(), ComputeOnce(), Add
 def optimize(graph: nn.Module, *, inductor: bool = False, observer: Observer | None = None) -> OptimizedModule:
     """Return a faster graph that computes the same, for inference in one dtype on one device.
 
-    What is computed of parameters alone is computed once, dropout and copies go, equal operations run once, masks become
-    numbers once for all layers, and linears of the same value (queries, keys and values; gate and up) become one. Cast
-    and move before, not after: the result refuses both. It shares the tensors that it does not change with the given
-    graph, and takes no gradients for them. Weights that change in the given graph afterwards reach only a part of it:
+    What is computed of parameters alone is computed once, dropout and copies go, equal operations run once, masks are
+    made numbers once for all layers, and linears of the same value (queries, keys and values; gate and up) become one.
+    Cast and move before, not after: the result refuses both. It shares the tensors that it does not change with the
+    given graph, and takes no gradients for them. Weights that change in the given graph afterwards reach only a part of it:
     optimize again after weights change.
 
     Args:
