@@ -34,8 +34,8 @@ def optimize(graph: nn.Module, *, inductor: bool = False, observer: Observer | N
     What is computed of parameters alone is computed once, dropout and copies go, equal operations run once, masks are
     made numbers once for all layers, and linears of the same value (queries, keys and values; gate and up) become one.
     Cast and move before, not after: the result refuses both. It shares the tensors that it does not change with the
-    given graph, and takes no gradients for them. Weights that change in the given graph afterwards reach only a part of it:
-    optimize again after weights change.
+    given graph, and takes no gradients for them. Weights that change in the given graph afterwards reach only a part of
+    it: optimize again after weights change.
 
     Args:
         graph: what `compile` returned. It is not changed.
