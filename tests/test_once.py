@@ -12,9 +12,9 @@ from torch import nn
 
 import fxslim
 from fxslim.passes import pipelines
-from once import one_trace_each
 
 from architectures import ARCHITECTURES
+from once import one_trace_each
 
 
 class Halves(nn.Module):
