@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "measured",
             "sharing",
             "lazy",
+            "mapped",
             "offloaded",
             "spelling",
             "trace",

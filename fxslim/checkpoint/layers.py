@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxslim.errors import NarrowError, UnsupportedModelError
+from fxslim.hf.files import reading_whole
 from fxslim.passes.heads import head_edits
 from fxslim.passes.spreads import spread_edits
 from fxslim.plan import AnyEdit, AttentionEdit, GatherEdit, MultiheadEdit, Note, Plan, SitePlan, SpreadEdit
@@ -113,7 +114,8 @@ def shortened(original: type[Any], left_out: Alike) -> type[Any]:
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     same = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (original,), {"__init__": build, **same})
+    body = {"__init__": build, "_load_pretrained_model": reading_whole(original)}
+    return type(original.__name__, (original,), {**body, **same})
 
 
 def without(plan: Plan, left_out: Alike) -> Plan:

@@ -26,6 +26,7 @@ from fxslim.errors import InputError, PlanError
 from fxslim.folder import check_free, replacing
 from fxslim.hf.card import CARD, card
 from fxslim.lazy import Spilled
+from fxslim.mapped import Mapped
 from fxslim.passes.narrow import check_fits, replay
 from fxslim.passes.pad import padded
 from fxslim.passes.pipelines import check_plan
@@ -38,6 +39,8 @@ WITH_A_PLAN = {"calibration", "max_tokens", "repair", "propagate", "swaps", "see
 """What may come with a plan: how to repair what it leaves."""
 REPAIRED = ".repaired"
 """Folder beside the shards for what was repaired, until they are written."""
+TRIAL = ".trial"
+"""The same for the layers that are tried."""
 
 
 def slim_checkpoint(
@@ -94,7 +97,7 @@ def slim_checkpoint(
         check_plan(plan, skeleton)
         check_fits(skeleton, plan)
         keys = keys_of(skeleton, shards)
-        whole = finished or _edited(source, skeleton, plan, keys, progress=progress)
+        whole = finished or _edited(source, skeleton, plan, keys, staging / TRIAL, progress=progress)
         keys = repaired_keys(keys, repaired)
         aliases = named_once(skeleton)[1]
         weights = Weights(keys, named_once(skeleton)[0], kept=1)
@@ -126,8 +129,11 @@ def _earlier(staging: Path) -> Plan | None:
     return None
 
 
-def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bool) -> Plan:
-    """Return the plan with the edits that it needs, found and verified on one layer of every kind."""
+def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, trial: Path, *, progress: bool) -> Plan:
+    """Return the plan with the edits that it needs, found and verified on one layer of every kind.
+
+    Its tensors, and everything that the trial makes of them, are in files in a folder ``trial``.
+    """
     if plan.tried or plan.edits or plan.spread or plan.zeroed or not plan.sites:
         return plan
     plan = padded(plan, {part.site.name: part.site for part in plan.sites})
@@ -135,13 +141,15 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bo
     double = any(piece.stored.dtype == torch.float64 for piece in keys.pieces.values())
     kind = shortened(type(skeleton), left_out)
     config = hf.dense_config(source)
-    few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
-    few.eval()
-    part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
-    small: Any = api.slim(few, plan=part, progress=progress)
+    trial.mkdir()
+    with Mapped(trial):
+        few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32).eval()
+        part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
+        small: Any = api.slim(few, plan=part, progress=progress)
     found: Plan = small.fxslim.plan
     del few, small
     gc.collect()  # what a trace leaves refers to itself
+    trial.rmdir()
     if [own.model_copy(update={"folds": ()}) for own in found.sites] != [
         own.model_copy(update={"folds": ()}) for own in part.sites
     ]:

@@ -5,7 +5,6 @@ So sharded files, dtypes, devices, tied weights and buffers that are not saved a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike, fspath
@@ -16,17 +15,14 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from fxslim.checkpoint.files import Stored, read_shard
 from fxslim.errors import InputError, PlanError, UnsupportedModelError
 from fxslim.express import check_fields, set_fields
 from fxslim.hf.classes import PLAN_FILE, check_there, first_line, model_class, reading
+from fxslim.hf.files import reading_whole
 from fxslim.passes.narrow import replay
 from fxslim.passes.prepare import settle
 from fxslim.plan import Plan
 from fxslim.report import Record
-
-NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
-"""The variable by which transformers is told to load without threads."""
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where files come from."""
@@ -142,47 +138,6 @@ def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedMod
             settle(self)
             replay(self, plan)
 
-    def read(model: Any, state_dict: Any, files: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """Read files instead of mapping them, where mapped memory is not aligned and stays as long as the model."""
-        with _one_by_one():
-            if state_dict is None and files and all(file.endswith(".safetensors") for file in files):
-                shards = [read_shard(Path(file)) for file in files]
-                state_dict = {stored.name: _Unread(stored) for shard in shards for stored in shard.tensors}
-            return cast(Any, original)._load_pretrained_model(model, state_dict, files, *args, **kwargs)
-
-    body = {"__init__": build, "_load_pretrained_model": staticmethod(read)}
+    body = {"__init__": build, "_load_pretrained_model": reading_whole(original)}
     return type(original.__name__, (original,), {**body, "__module__": original.__module__,
                                                  "__qualname__": original.__qualname__})  # fmt: skip
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Have transformers read one tensor after the other: its threads keep memory of their own, up to a tenth more."""
-    before = os.environ.get(NO_THREADS)
-    os.environ[NO_THREADS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[NO_THREADS]
-        else:
-            os.environ[NO_THREADS] = before
-
-
-class _Unread:
-    """A tensor in a file, not read yet; it is read into memory of torch's own, and nothing is there twice."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        whole = self._stored.read()
-        return whole if index is Ellipsis else whole[index]
-
-    def get_shape(self) -> list[int]:
-        """Return the shape."""
-        return list(self._stored.shape)
-
-    def get_dtype(self) -> str:
-        """Return the dtype, as safetensors spells it."""
-        return self._stored.code
