@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "sharing",
             "lazy",
             "mapped",
+            "outofcore",
             "offloaded",
             "spelling",
             "trace",

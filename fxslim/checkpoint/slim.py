@@ -26,7 +26,7 @@ from fxslim.errors import InputError, PlanError
 from fxslim.folder import check_free, replacing
 from fxslim.hf.card import CARD, card
 from fxslim.lazy import Spilled
-from fxslim.mapped import Mapped
+from fxslim.outofcore import OutOfCore
 from fxslim.passes.narrow import check_fits, replay
 from fxslim.passes.pad import padded
 from fxslim.passes.pipelines import check_plan
@@ -142,7 +142,7 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, trial: Path, *,
     kind = shortened(type(skeleton), left_out)
     config = hf.dense_config(source)
     trial.mkdir()
-    with Mapped(trial):
+    with OutOfCore(trial):
         few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32).eval()
         part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
         small: Any = api.slim(few, plan=part, progress=progress)

@@ -1,4 +1,4 @@
-"""Have transformers read files instead of mapping them: mapped memory is not aligned, and stays as long as the model."""
+"""Have transformers read files where it maps them: mapped memory is not aligned, and stays as long as the model."""
 
 from __future__ import annotations
 
