@@ -30,6 +30,8 @@ Block = tuple[int, int]
 class OutOfCore(TorchDispatchMode):
     """Puts every large tensor that an operation makes on the CPU into a file."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, folder: Path) -> None:
         """Make files in ``folder``, which exists."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -44,6 +46,8 @@ class OutOfCore(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
         way = WAYS.get(func)
         result = None if way is None else way(self, *args, **kwargs)
         if result is None:

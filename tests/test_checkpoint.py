@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import fxslim
-from fxslim import hf
+from fxslim import hf, outofcore
 from fxslim.checkpoint import shards as writing
 from fxslim.checkpoint.files import INDEX, WEIGHTS, Stored
 from fxslim.checkpoint.layers import alike
 from fxslim.errors import InputError, PlanError, RequestError
+from fxslim.harness.memory import _Living
+from fxslim.mapped import is_mapped
 from fxslim.plan import Plan
 
 from agreement import difference, outputs
@@ -66,9 +68,17 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["bert_classify", "gpt2", "llama_gqa", "opt", "phi3_gqa", "t5", "bloom", "falcon_new", "mixtral"]
+    "name",
+    [
+        *("bert_classify", "gpt2", "llama_gqa", "mistral", "qwen2", "qwen3", "gemma3", "opt", "phi3_gqa", "t5", "bart"),
+        *("bloom", "falcon_new", "mixtral"),
+    ],
 )
-def test_a_checkpoint_becomes_what_the_loaded_model_becomes(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_becomes_what_the_loaded_model_becomes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outofcore, "LARGE", 256)  # almost every tensor is in a file, and read in several blocks
+    monkeypatch.setattr(outofcore, "BLOCK", 512)
     model, inputs = built(name)
     model.save_pretrained(tmp_path / "dense")
     request = REQUEST | ({"experts": 0.25} if name == "mixtral" else {})
@@ -102,6 +112,35 @@ def test_one_layer_of_every_kind_is_loaded(tmp_path: Path) -> None:
     assert alike(model, other) == {"model.layers.2": "model.layers.0"}
     model.model.layers[2].mlp.act_fn = torch.nn.Tanh()
     assert alike(model, plan) == {"model.layers.1": "model.layers.0"}
+
+
+class InMemory(_Living):
+    """Adds up the tensors that live in memory: no fake ones, and none that are in files."""
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not is_mapped(tensor):
+            super()._add(tensor)
+
+
+def test_a_plan_is_tried_in_less_memory_than_the_largest_tensor_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outofcore, "BLOCK", 1 << 21)
+    monkeypatch.setattr(writing, "PIECE", 1 << 21)
+    config = LlamaConfig(
+        vocab_size=40_000, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=1024, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    plan = fxslim.plan(model, **REQUEST)
+    with InMemory() as living:
+        fxslim.slim_checkpoint(tmp_path / "dense", tmp_path / "small", plan)
+    largest = model.lm_head.weight.nbytes
+    assert largest > 20_000_000
+    assert 0 < living.peak < largest
+    assert Plan.from_file(tmp_path / "small" / hf.PLAN_FILE).tried
 
 
 def test_a_plan_that_knows_its_modules_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,8 +40,6 @@ WITH_A_PLAN = {"calibration", "max_tokens", "repair", "propagate", "swaps", "see
 """What may come with a plan: how to repair what it leaves."""
 REPAIRED = ".repaired"
 """Folder beside the shards for what was repaired, until they are written."""
-TRIAL = ".trial"
-"""The same for the layers that are tried."""
 
 
 def slim_checkpoint(
@@ -62,8 +61,9 @@ def slim_checkpoint(
         src: a local folder with a dense checkpoint of transformers in safetensors files.
         dst: where to; parents are made.
         plan: what to take out; instead of a request. With ``calibration=`` what is left is repaired. A plan
-            without edits (see `Plan`) is tried and verified on one layer of every kind, which is loaded in float32 with
-            what stands around the layers, unless that was done: the plan in a narrowed folder says so.
+            without edits (see `Plan`) is tried and verified on one layer of every kind, in float32, with what stands
+            around the layers, unless that was done: the plan in a narrowed folder says so. What is tried is in files
+            beside ``dst``, and memory holds a few blocks of it.
         progress: show a progress bar.
         force: replace a checkpoint that is there.
         **asked: fractions or a target, and how to choose and repair: see `plan_checkpoint`.
@@ -97,7 +97,7 @@ def slim_checkpoint(
         check_plan(plan, skeleton)
         check_fits(skeleton, plan)
         keys = keys_of(skeleton, shards)
-        whole = finished or _edited(source, skeleton, plan, keys, staging / TRIAL, progress=progress)
+        whole = finished or _edited(source, skeleton, plan, keys, staging, progress=progress)
         keys = repaired_keys(keys, repaired)
         aliases = named_once(skeleton)[1]
         weights = Weights(keys, named_once(skeleton)[0], kept=1)
@@ -129,10 +129,10 @@ def _earlier(staging: Path) -> Plan | None:
     return None
 
 
-def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, trial: Path, *, progress: bool) -> Plan:
+def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, staging: Path, *, progress: bool) -> Plan:
     """Return the plan with the edits that it needs, found and verified on one layer of every kind.
 
-    Its tensors, and everything that the trial makes of them, are in files in a folder ``trial``.
+    Its tensors, and what the trial makes of them, are in files in ``staging``, so that memory does not hold a layer.
     """
     if plan.tried or plan.edits or plan.spread or plan.zeroed or not plan.sites:
         return plan
@@ -141,15 +141,13 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, trial: Path, *,
     double = any(piece.stored.dtype == torch.float64 for piece in keys.pieces.values())
     kind = shortened(type(skeleton), left_out)
     config = hf.dense_config(source)
-    trial.mkdir()
-    with OutOfCore(trial):
+    with TemporaryDirectory(dir=staging) as trial, OutOfCore(Path(trial)):
         few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32).eval()
         part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
         small: Any = api.slim(few, plan=part, progress=progress)
     found: Plan = small.fxslim.plan
     del few, small
     gc.collect()  # what a trace leaves refers to itself
-    trial.rmdir()
     if [own.model_copy(update={"folds": ()}) for own in found.sites] != [
         own.model_copy(update={"folds": ()}) for own in part.sites
     ]:
