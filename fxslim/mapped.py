@@ -34,7 +34,7 @@ def mapped(shaped: Tensor, folder: Path) -> Tensor:
     try:
         with path.open("xb") as file:
             _reserve(file.fileno(), size)
-        storage = torch.UntypedStorage.from_file(str(path), True, size)
+        storage: Any = torch.UntypedStorage.from_file(str(path), True, size)
     finally:
         path.unlink(missing_ok=True)
     return torch.empty(0, dtype=shaped.dtype).set_(storage, 0, shaped.shape, shaped.stride())

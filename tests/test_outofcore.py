@@ -60,7 +60,7 @@ MADE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "cleared rows": ((16, 24), lambda w: changed(w.clone(), lambda made: made.index_fill_(0, ROWS, 0))),
     "cleared columns": ((3, 8, 16), lambda w: changed(w.clone(), lambda made: made.index_fill_(-1, ROWS, 1))),
     "no way of its own": ((16, 24), lambda w: torch.sort(w, dim=1).values),
-    "given to a function": (
+    "in a higher-order operator": (
         (16, 24),
         lambda w: torch.ops.higher_order.wrap_with_set_grad_enabled(True, torch.clone, w),
     ),
