@@ -17,11 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import fxslim
 from fxslim import hf, outofcore
 from fxslim.checkpoint import shards as writing
+from fxslim.checkpoint import slim as slimming
 from fxslim.checkpoint.files import INDEX, WEIGHTS, Stored
 from fxslim.checkpoint.layers import alike
 from fxslim.errors import InputError, PlanError, RequestError
 from fxslim.harness.memory import _Living
 from fxslim.mapped import is_mapped
+from fxslim.outofcore import OutOfCore
 from fxslim.plan import Plan
 
 from agreement import difference, outputs
@@ -127,7 +129,6 @@ def test_a_plan_is_tried_in_less_memory_than_the_largest_tensor_takes(
 ) -> None:
     monkeypatch.setattr(outofcore, "LARGE", 1 << 16)  # or what is small in a large model adds up
     monkeypatch.setattr(outofcore, "BLOCK", 1 << 21)
-    monkeypatch.setattr(writing, "PIECE", 1 << 21)
     config = LlamaConfig(
         vocab_size=40_000, hidden_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=1024, tie_word_embeddings=False,
@@ -136,8 +137,19 @@ def test_a_plan_is_tried_in_less_memory_than_the_largest_tensor_takes(
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "dense")
     plan = fxslim.plan(model, **REQUEST)
-    with InMemory() as living:
-        fxslim.slim_checkpoint(tmp_path / "dense", tmp_path / "small", plan)
+    living = InMemory()
+
+    class Counted(OutOfCore):
+        def __enter__(self) -> Any:
+            living.__enter__()
+            return super().__enter__()
+
+        def __exit__(self, *raised: Any) -> None:
+            super().__exit__(*raised)
+            living.__exit__(*raised)
+
+    monkeypatch.setattr(slimming, "OutOfCore", Counted)
+    fxslim.slim_checkpoint(tmp_path / "dense", tmp_path / "small", plan)
     largest = model.lm_head.weight.nbytes
     assert largest > 20_000_000
     assert 0 < living.peak < largest
