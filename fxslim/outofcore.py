@@ -40,7 +40,7 @@ class OutOfCore(TorchDispatchMode):
 
     def __exit__(self, *raised: Any) -> None:
         """Leave; raise OSError where the disk could not take a tensor, whatever a model has made of that."""
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         if self.error is not None:
             raise self.error
 
@@ -88,7 +88,7 @@ def _is_large(tensor: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _outer(tensor: Tensor) -> int:
