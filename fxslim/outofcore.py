@@ -52,9 +52,9 @@ class OutOfCore(TorchDispatchMode):
         result = None if way is None else way(self, *args, **kwargs)
         if result is None:
             result = func(*args, **kwargs)
-            if not func._schema.is_mutable:
-                given = {_storage(tensor) for tensor in _plain((args, kwargs))}
-                result = pytree.tree_map_only(Tensor, lambda tensor: self._moved(tensor, given), result)
+        if not func._schema.is_mutable:
+            given = {_storage(tensor) for tensor in _plain((args, kwargs))}
+            result = pytree.tree_map_only(Tensor, lambda tensor: self._moved(tensor, given), result)
         release(*_plain((args, kwargs, result)))
         return result
 

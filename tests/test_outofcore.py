@@ -96,6 +96,7 @@ def test_products_are_the_same_up_to_rounding(name: str, small: None, tmp_path: 
     with OutOfCore(tmp_path):
         found = make(weight(*shape))
     torch.testing.assert_close(found, make(weight(*shape)), rtol=1e-6, atol=1e-6)
+    assert is_mapped(found) == (found.nbytes >= 256)
 
 
 class Largest(TorchDispatchMode):
