@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fxslim.checkpoint.files import INDEX, WEIGHTS, read_shard, read_shards
-from fxslim.errors import FxslimError, InputError, PlanError
+from fxslim.errors import FxslimError, InputError, PlanError, UnsupportedModelError
 from fxslim.passes.narrow import replay
 from fxslim.plan import MAX_JSON, Fingerprint, Fold, Plan, Site, SitePlan, Slice, blocks_of
 
@@ -319,6 +319,16 @@ HEADERS = {
               "a name appears twice"),
     "metadata": (headers('{"__metadata__":{"a":1}}'), "metadata are not text"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
+def test_quantized_weights_are_called_quantized(code: str, tmp_path: Path) -> None:
+    raw = headers(f'{{"a":{{"dtype":"{code}","shape":[8],"data_offsets":[0,8]}}}}') + bytes(8)
+    (tmp_path / WEIGHTS).write_bytes(raw)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"holds 'a' in {code}: its weights are quantized.*Narrow the model"
+    ):
+        read_shards(tmp_path)
 
 
 @pytest.mark.parametrize("case", HEADERS)
