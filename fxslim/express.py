@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxslim.bounded import bounded
 from fxslim.errors import PlanError
 from fxslim.plan import Plan, units_by_group
 from fxslim.report import Plain
@@ -54,7 +55,7 @@ def express(small: nn.Module, plan: Plan, inputs: Mapping[str, Any]) -> tuple[Fi
 
     @functools.cache
     def shapes(fields: tuple[tuple[str, int], ...] = ()) -> Shapes | None:
-        return _shapes(type(small), with_fields(old, dict(fields)))
+        return _shapes(type(small), with_fields(old, dict(fields)), len(wanted))
 
     dense = shapes()
     if dense is None or dense.keys() != wanted.keys():
@@ -171,14 +172,14 @@ def _integers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield from _integers(value, f"{prefix}{name}.")
 
 
-def _shapes(kind: type[nn.Module], config: Any) -> Shapes | None:
-    """Return the shapes of a model's tensors, or None where it cannot be built."""
+def _shapes(kind: type[nn.Module], config: Any, tensors: int) -> Shapes | None:
+    """Return the shapes of a model's tensors, or None where it cannot be built, or has many more than so many."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         if callable(validate := getattr(config, "validate", None)):
             validate()  # what could not be saved is no answer
-        with torch.device("meta"):
+        with torch.device("meta"), bounded(tensors):
             return {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
     except (*_IMPOSSIBLE, StrictDataclassError):
         return None

@@ -103,6 +103,27 @@ def test_sizes_that_no_site_has_are_not_built(fields: dict[str, Any], said: str,
     assert time.perf_counter() - begun < 5
 
 
+def test_a_forged_site_does_not_make_a_model_of_many_layers(tmp_path: Path) -> None:
+    """A site that is about no tensor may say any size; what is built is bounded by the weights that are there."""
+    dense = ARCHITECTURES["bert_classify"].build(torch.float32)
+    small: Any = fxslim.slim(dense, ffn=0.5)
+    folder = fxslim.save_pretrained(small, tmp_path / "small")
+    layers = 1 << 20
+    for name in ("config.json", "fxslim_plan.json"):
+        data = json.loads((folder / name).read_text())
+        plan = data["fxslim"] if name == "config.json" else data
+        forged = {"name": "x:ffn", "kind": "ffn", "module": "", "units": layers, "roles": {}, "slices": []}
+        plan["sites"].append({"site": forged, "keep": [0, 1]})
+        plan["config"] = {"num_hidden_layers": [layers, 2]}
+        (folder / name).write_text(json.dumps(data))
+    begun = time.perf_counter()
+    with pytest.raises(PlanError, match=r"more than \d+ modules and parameters, many more than there are weights for"):
+        fxslim.from_pretrained(folder)
+    plain = fxslim.slim(dense, plan=fxslim.Plan.from_file(folder / "fxslim_plan.json").model_copy(update={"sites": ()}))
+    assert time.perf_counter() - begun < 20
+    assert not plain.fxslim.report.plain.loads
+
+
 def test_a_module_of_ones_own_has_nothing_to_say() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     small: Any = fxslim.slim(model, torch.randn(2, 4), ffn=0.5)
