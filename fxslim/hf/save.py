@@ -172,10 +172,4 @@ def _narrowed(small: nn.Module) -> tuple[PreTrainedModel, Record]:
             "some of the model's weights are on meta: accelerate keeps them elsewhere. Load it without offloading to "
             "save it, or narrow its files with fxslim.slim_checkpoint."
         )
-    dtypes = {p.dtype for p in small.parameters() if p.is_floating_point()}
-    if len(dtypes) > 1:
-        raise InputError(
-            f"the model mixes {', '.join(sorted(map(str, dtypes)))}, which from_pretrained does not restore; cast it "
-            "to one dtype first, for example with small.to(torch.float32)."
-        )
     return small, record
