@@ -116,12 +116,12 @@ def test_a_forged_site_does_not_make_a_model_of_many_layers(tmp_path: Path) -> N
         plan["sites"].append({"site": forged, "keep": [0, 1]})
         plan["config"] = {"num_hidden_layers": [layers, 2]}
         (folder / name).write_text(json.dumps(data))
-    begun = time.perf_counter()
+    begun = time.process_time()  # seconds of this process: what else runs does not count
     with pytest.raises(PlanError, match=r"more than \d+ modules and parameters, many more than there are weights for"):
         fxslim.from_pretrained(folder)
-    plain = fxslim.slim(dense, plan=fxslim.Plan.from_file(folder / "fxslim_plan.json").model_copy(update={"sites": ()}))
-    assert time.perf_counter() - begun < 20
-    assert not plain.fxslim.report.plain.loads
+    assert time.process_time() - begun < 5
+    plan = fxslim.Plan.from_file(folder / "fxslim_plan.json").model_copy(update={"sites": ()})
+    assert not fxslim.slim(dense, plan=plan).fxslim.report.plain.loads
 
 
 def test_a_module_of_ones_own_has_nothing_to_say() -> None:

@@ -20,7 +20,7 @@ from fxslim.report import Record, Report
 
 CARD = "README.md"
 BEGIN, END = "<!-- fxslim:begin -->", "<!-- fxslim:end -->"
-CHANGED = "Its weights have changed since it was narrowed. What follows was measured before that."
+CHANGED = "Its weights have changed since it was narrowed (training, a cast). What follows was measured before that."
 TAGS = ("fxslim", "pruned")
 
 
