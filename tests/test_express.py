@@ -36,6 +36,7 @@ save_file({"logits": found.logits.detach().contiguous()}, f"{folder}/../logits.s
         ("bert_classify", {"ffn": 0.5}, "AutoModelForSequenceClassification", {"intermediate_size"}),
         ("llama_gqa", {"ffn": 0.5, "kv_groups": 0.5}, "AutoModelForCausalLM",
          {"intermediate_size", "num_attention_heads", "num_key_value_heads"}),
+        ("llama", {"heads": 0.5}, "AutoModelForCausalLM", {"num_attention_heads", "num_key_value_heads"}),
     ],
 )  # fmt: skip
 def test_plain_transformers_loads_it_with_no_fxslim_installed(
@@ -101,6 +102,17 @@ def test_sizes_that_no_site_has_are_not_built(fields: dict[str, Any], said: str,
     with pytest.raises(PlanError, match=said):
         fxslim.from_pretrained(folder)
     assert time.perf_counter() - begun < 5
+
+
+def test_what_transformers_refuses_to_be_said_is_named() -> None:
+    """A Llama's config takes only numbers of heads that divide the hidden size, whatever the heads' width."""
+    small: Any = fxslim.slim(ARCHITECTURES["llama"].build(torch.float32), heads=0.25)
+    plain = small.fxslim.report.plain
+    assert not plain.loads
+    assert plain.reason == (
+        "the config would say num_attention_heads 4 -> 3, num_key_value_heads 4 -> 3, but transformers refuses that: "
+        "The hidden size (32) is not a multiple of the number of attention heads (3)"
+    )
 
 
 def test_a_forged_site_does_not_make_a_model_of_many_layers(tmp_path: Path) -> None:
