@@ -30,8 +30,8 @@ def check_saved(small: PreTrainedModel, folder: Path) -> None:
     found = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
     for name in sorted(expected.keys() ^ found.keys()):
         raise VerifyError(name, float("inf"), 0.0, "saved folder: tensor missing, or tied otherwise")
-    for name, tensor in small.named_parameters():
-        if found[name].dtype != tensor.dtype:
+    for name, own in small.named_parameters():
+        if found[name].dtype != own.dtype:
             dtypes = sorted({str(p.dtype) for p in small.parameters() if p.is_floating_point()})
             raise InputError(
                 f"the model mixes {', '.join(dtypes)}, which from_pretrained does not restore: {name} would be loaded "
