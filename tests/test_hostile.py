@@ -175,7 +175,7 @@ def test_no_plan_crashes_or_hangs(valid: dict[str, Any], seed: int) -> None:
             pass
         else:
             assert all(t.device.type == "meta" for t in small.parameters())
-            assert 2 <= small.config.intermediate_size <= 8
+            assert small.config.intermediate_size <= 8, "it grows"
         assert time.perf_counter() - begun < SLOW
         COUNTED["plan"] += 1
 
