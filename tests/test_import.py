@@ -49,6 +49,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "calibration",
             "folder",
             "express",
+            "bounded",
+            "replaceable",
             "transcript",
         }
     ),

@@ -25,6 +25,7 @@ from fxslim.checkpoint.shards import DONE, Written, targets, write_shards
 from fxslim.errors import InputError, PlanError
 from fxslim.folder import check_free, replacing
 from fxslim.hf.card import CARD, card
+from fxslim.hf.classes import reading
 from fxslim.lazy import Spilled
 from fxslim.passes.narrow import check_fits, replay
 from fxslim.passes.pad import padded
@@ -135,7 +136,8 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, *, progress: bo
     double = any(piece.stored.dtype == torch.float64 for piece in keys.pieces.values())
     kind = shortened(type(skeleton), left_out)
     config = hf.dense_config(source)
-    few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
+    with reading(source):
+        few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
     few.eval()
     part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
     small: Any = api.slim(few, plan=part, progress=progress)
