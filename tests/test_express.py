@@ -98,10 +98,10 @@ def test_sizes_that_no_site_has_are_not_built(fields: dict[str, Any], said: str,
         plan = data["fxslim"] if name == "config.json" else data  # a plan says by which fxslim it was made
         plan["config"] = fields
         (folder / name).write_text(json.dumps(data))
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=said):
         fxslim.from_pretrained(folder)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_what_transformers_refuses_to_be_said_is_named() -> None:

@@ -168,7 +168,7 @@ def test_no_plan_crashes_or_hangs(valid: dict[str, Any], seed: int) -> None:
         model = Mlp()
     for number in range(EACH):
         raw = json.dumps(mutated(valid, draw)) if number % 4 else garbled(json.dumps(valid).encode(), draw)
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             small = loaded(model, Plan.from_json(raw))
         except FxslimError:
@@ -176,7 +176,7 @@ def test_no_plan_crashes_or_hangs(valid: dict[str, Any], seed: int) -> None:
         else:
             assert all(t.device.type == "meta" for t in small.parameters())
             assert small.config.intermediate_size <= 8, "it grows"
-        assert time.perf_counter() - begun < SLOW
+        assert time.process_time() - begun < SLOW
         COUNTED["plan"] += 1
 
 
@@ -203,7 +203,7 @@ def test_no_header_crashes_or_hangs(file: Path, tmp_path_factory: pytest.TempPat
             other.write_bytes(struct.pack("<Q", size) + text + rest)
         else:
             other.write_bytes(garbled(raw, draw))
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             shard = read_shard(other)
         except InputError:
@@ -212,7 +212,7 @@ def test_no_header_crashes_or_hangs(file: Path, tmp_path_factory: pytest.TempPat
             for stored in shard.tensors:
                 assert stored.start + stored.bytes <= other.stat().st_size
                 assert stored.read().shape == stored.shape
-        assert time.perf_counter() - begun < SLOW
+        assert time.process_time() - begun < SLOW
         COUNTED["header"] += 1
 
 
@@ -226,10 +226,10 @@ def test_a_plan_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "fxslim_plan.json"
     with path.open("wb") as opened:
         opened.truncate(1 << 30)  # a gigabyte that takes no room
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=f"has {1 << 30} bytes; plans have at most {MAX_JSON}"):
         Plan.from_file(path)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def one(valid: dict[str, Any], place: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -261,10 +261,10 @@ BOMBS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
 @pytest.mark.parametrize("case", BOMBS)
 def test_bombs_are_refused_before_anything_is_made_of_them(valid: dict[str, Any], case: str) -> None:
     place, value, message = BOMBS[case]
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=message):
         Plan.from_json(one(valid, place, value))
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_many_large_sites_are_refused_together(valid: dict[str, Any]) -> None:
@@ -272,10 +272,10 @@ def test_many_large_sites_are_refused_together(valid: dict[str, Any]) -> None:
     part = data["sites"][0]
     part["site"]["slices"][2]["size"] = 1 << 24
     data["sites"] = [{**part, "site": {**part["site"], "name": f"s{number}"}} for number in range(100)]
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=r"its sites would have \d+ rows; 268435456 are the most"):
         Plan.from_json(json.dumps(data))
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 FAULTS = {
@@ -295,10 +295,10 @@ def test_of_many_faults_the_first_is_told_at_once(valid: dict[str, Any], case: s
     wrong, message = FAULTS[case]
     text = json.dumps(valid | wrong)
     assert 3_000_000 < len(text) < MAX_JSON
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=f"^not a valid fxslim plan: {message}") as caught:
         Plan.from_json(text)
-    assert time.perf_counter() - begun < SLOW / 2
+    assert time.process_time() - begun < SLOW / 2
     assert len(str(caught.value)) < 300
 
 
