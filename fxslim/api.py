@@ -29,9 +29,9 @@ from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put, weak_
 from fxslim.passes.choose import Request, select
 from fxslim.passes.emit import CompiledModule
 from fxslim.passes.mask import masked as _masked
-from fxslim.passes.narrow import replay, say_sizes
+from fxslim.passes.narrow import changed_weights, replay, say_sizes
 from fxslim.passes.paths import paths
-from fxslim.passes.prepare import computed, settle
+from fxslim.passes.prepare import computed, settle, weights_digest
 from fxslim.passes.regional import is_regional
 from fxslim.passes.sites import Sites
 from fxslim.passes.verify import compare, refer
@@ -196,7 +196,7 @@ def slim(
     config = getattr(small, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         config.fxslim = record.plan.model_dump(mode="json", exclude_none=True)
-    small.fxslim = record  # type: ignore[assignment]
+    small.fxslim = dataclasses.replace(record, weights=weights_digest(small))  # type: ignore[assignment]
     return small
 
 
@@ -273,7 +273,8 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
         The measured differences.
 
     Raises:
-        VerifyError: they differ by more than the tolerance of their dtype.
+        VerifyError: they differ by more than the tolerance of their dtype; it says which weights have changed since.
+        PlanError: the plan repaired weights.
     """
     if not isinstance(plan, Plan):
         raise InputError(f"plan= takes a fxslim Plan, not {type(plan).__name__}.")
@@ -286,7 +287,11 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
     ways = paths(what.model, candidates[0], filled=filled, given=candidates[0], train=not graph)
     if graph:
         ways = lines.graph_paths(ways)
-    return compare(what.model, small, plan, refer(what.model, plan, ways))
+    try:
+        return compare(what.model, small, plan, refer(what.model, plan, ways))
+    except VerifyError as error:
+        changed = changed_weights(what.model, small, plan)
+        raise VerifyError(error.site, error.max_abs, error.tolerance, error.where, changed=changed) from error
 
 
 def _module(model: Model) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class FxslimError(Exception):
     """Root of every error that fxslim raises on purpose."""
@@ -50,14 +52,24 @@ class VerifyError(FxslimError):
         site: name of the first site whose output is wrong, or ``"output"`` when no site could be singled out.
         max_abs: largest absolute difference seen.
         tolerance: largest difference allowed.
+        where: the path along which they were run.
+        changed: parameters of the narrowed model that are no longer what the plan makes of the dense model's.
     """
 
-    def __init__(self, site: str, max_abs: float, tolerance: float, where: str) -> None:
+    def __init__(self, site: str, max_abs: float, tolerance: float, where: str, *, changed: Sequence[str] = ()) -> None:
         self.site = site
         self.max_abs = max_abs
         self.tolerance = tolerance
         self.where = where
-        super().__init__(
+        self.changed = tuple(changed)
+        said = (
             f"masked and narrowed models disagree at {site} ({where}): largest difference {max_abs:.3g}, "
             f"allowed {tolerance:.3g}. Leave the site out with skip=, and please report it with the model's config."
         )
+        if changed:
+            said += (
+                f" The narrowed weights are not those of the dense model with units taken out ({changed[0]}, "
+                f"{len(changed)} in all): if it was trained since it was narrowed, compare how good both are, on data "
+                "of the task."
+            )
+        super().__init__(said)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxslim.bounded import bounded
 from fxslim.errors import PlanError
 from fxslim.plan import Plan, units_by_group
 from fxslim.report import Plain
@@ -54,7 +55,7 @@ def express(small: nn.Module, plan: Plan, inputs: Mapping[str, Any]) -> tuple[Fi
 
     @functools.cache
     def shapes(fields: tuple[tuple[str, int], ...] = ()) -> Shapes | None:
-        return _shapes(type(small), with_fields(old, dict(fields)))
+        return _shapes(type(small), with_fields(old, dict(fields)), len(wanted))
 
     dense = shapes()
     if dense is None or dense.keys() != wanted.keys():
@@ -68,12 +69,16 @@ def express(small: nn.Module, plan: Plan, inputs: Mapping[str, Any]) -> tuple[Fi
         for new in sorted(sizes.get(value, set()) - {value})
         if _tells(shapes(((path, new),)), dense, wanted)
     ]
+    why = "no field of the config says these sizes"
     for fields in itertools.islice(_subsets(telling), TRIES):
         changed = {path: new for path, (_, new) in fields.items()}
-        if shapes(tuple(changed.items())) == wanted and _same(small, with_fields(old, changed), inputs):
-            said = ", ".join(f"{path} {before} -> {after}" for path, (before, after) in fields.items())
+        said = ", ".join(f"{path} {before} -> {after}" for path, (before, after) in fields.items())
+        config = with_fields(old, changed)
+        if shapes(tuple(changed.items())) == wanted and _same(small, config, inputs):
             return fields, Plain(True, f"the config says its sizes: {said}" if said else "no shape has changed")
-    return {}, Plain(False, "no field of the config says these sizes")
+        if (refused := _refused(config)) and _built(type(small), config, len(wanted)) == wanted:
+            why = f"the config would say {said}, but transformers refuses that: {refused}"
+    return {}, Plain(False, why)
 
 
 def with_fields(config: Any, values: Mapping[str, int]) -> Any:
@@ -171,14 +176,30 @@ def _integers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield from _integers(value, f"{prefix}{name}.")
 
 
-def _shapes(kind: type[nn.Module], config: Any) -> Shapes | None:
-    """Return the shapes of a model's tensors, or None where it cannot be built."""
+def _shapes(kind: type[nn.Module], config: Any, tensors: int) -> Shapes | None:
+    """Return the shapes of a model's tensors, or None where it cannot be saved or built."""
+    return None if _refused(config) else _built(kind, config, tensors)
+
+
+def _refused(config: Any) -> str:
+    """Return what transformers says against a config's sizes, which then can be neither saved nor loaded."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         if callable(validate := getattr(config, "validate", None)):
-            validate()  # what could not be saved is no answer
-        with torch.device("meta"):
+            validate()
+    except (*_IMPOSSIBLE, StrictDataclassError) as error:
+        said = str(error.__cause__ or error).strip() or type(error).__name__
+        return said.splitlines()[-1].rstrip(".")
+    return ""
+
+
+def _built(kind: type[nn.Module], config: Any, tensors: int) -> Shapes | None:
+    """Return the shapes of a model's tensors, or None where it cannot be built, or has many more than so many."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        with torch.device("meta"), bounded(tensors):
             return {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
     except (*_IMPOSSIBLE, StrictDataclassError):
         return None

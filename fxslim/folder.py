@@ -15,15 +15,16 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from fxslim.errors import InputError, StorageError
+from fxslim.replaceable import foreign
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: two writers at once are told apart by their folders alone
     fcntl = None  # type: ignore[assignment]
 
-MARK = "config.json"
-"""A folder that holds this file is a checkpoint, which ``force`` may replace. Any other is not ours to delete."""
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Errors of the system that only writing meets."""
+UNWRITABLE = FULL | {errno.EACCES, errno.EPERM, errno.EIO}
 """Errors of the system that say something about the disk, and nothing about us."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Arguments of Linux's ``renameat2``: paths are relative to the working directory, and the two change places."""
@@ -42,7 +43,7 @@ def replacing(
 
     Args:
         folder: where to; parents are made.
-        force: replace a checkpoint that is there.
+        force: replace a checkpoint that is there; a folder that holds anything else is not touched (`foreign`).
         job: a name for what is being done, a hexadecimal number. What a block of this name has written before it failed
             or was killed is kept (as ``.NAME.JOB.resume``), and the next block of this name gets it.
         leaves_out: a file of the block's own that goes once everything is on disk, just before the exchange.
@@ -96,7 +97,7 @@ def write_files(contents: Mapping[Path, str | bytes]) -> None:
 
 
 def check_free(folder: Path, *, force: bool) -> None:
-    """Raise InputError unless ``folder`` may be written: it does not exist, is empty, or is ours to replace."""
+    """Raise InputError unless ``folder`` may be written: it does not exist, is empty, or holds nothing but a model."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
@@ -105,18 +106,20 @@ def check_free(folder: Path, *, force: bool) -> None:
         return
     if not force:
         raise InputError(f"{folder} exists already; choose another folder, or replace it with --force (force=True).")
-    if not (folder / MARK).exists():
-        raise InputError(f"{folder} holds no {MARK}: it is no checkpoint and is not replaced; choose another folder.")
+    if why := foreign(folder):
+        raise InputError(f"{folder} is not replaced: {why}. Choose another folder, or empty this one yourself.")
 
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turn what the system says of the disk into a StorageError."""
+    """Turn what the system says of the disk into a StorageError; a file elsewhere is one that the block reads."""
     try:
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
+        if error.errno not in FULL and (other := _elsewhere(error, folder)):
+            raise StorageError(f"{other} cannot be read: {error.strerror}. {folder} is as it was.") from error
         raise StorageError(f"{folder} cannot be written: {error.strerror}. What was there is as it was.") from error
     except SafetensorError as error:
         if "os error" not in str(error):
@@ -124,21 +127,48 @@ def _explained(folder: Path) -> Iterator[None]:
         raise StorageError(f"{folder} cannot be written: {error}. What was there is as it was.") from error
 
 
+def _elsewhere(error: OSError, folder: Path) -> str | None:
+    """Return the file that an error is about, if that is neither in a folder, nor in what is written for it."""
+    if not isinstance(error.filename, str | bytes):
+        return None
+    name = os.fsdecode(error.filename)
+    path = Path(name).resolve()
+    beside = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]+\.(partial|resume|old)")
+    within = (path, *path.parents)
+    ours = folder in within or any(one.parent == folder.parent and beside.fullmatch(one.name) for one in within)
+    return None if ours or path in folder.parents else name
+
+
 @contextmanager
 def _locked(staging: Path, folder: Path) -> Iterator[None]:
     """Make a folder, and hold it for as long as the block runs."""
     while True:
         staging.mkdir(exist_ok=True)
-        held = _lock(staging)
+        try:
+            held = _lock(staging)
+        except FileNotFoundError:
+            continue  # tidied away by another writer before it was opened
         if held is None:
-            raise InputError(f"another process is writing {folder} right now; wait for it, or choose another folder.")
-        if staging.exists():
+            raise _busy(folder)
+        if _is_at(held, staging):
             break
-        os.close(held)  # tidied away by another writer before it was held
+        os.close(held)  # tidied away before it was held; what is there now, if anything, is somebody else's
     try:
         yield
     finally:
         os.close(held)
+
+
+def _busy(folder: Path) -> InputError:
+    return InputError(f"another process is writing {folder} right now; wait for it, or choose another folder.")
+
+
+def _is_at(held: int, folder: Path) -> bool:
+    """Tell whether what was opened is what stands there now."""
+    try:
+        return os.path.samestat(os.fstat(held), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(folder: Path) -> int | None:
@@ -158,10 +188,15 @@ def _tidy(folder: Path, *kinds: str) -> None:
     for kind in kinds if fcntl is not None else ():
         ours = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8,}}\.{kind}")
         for left in [path for path in folder.parent.iterdir() if ours.fullmatch(path.name) and path.is_dir()]:
-            held = _lock(left)
+            try:
+                held = _lock(left)
+            except FileNotFoundError:
+                continue  # somebody else tidies up as well
             if held is None:
                 continue
-            if kind == "old" and not folder.exists():
+            if not _is_at(held, left):
+                pass
+            elif kind == "old" and not folder.exists():
                 left.rename(folder)
             else:
                 shutil.rmtree(left, ignore_errors=True)
@@ -177,14 +212,25 @@ def _put(new: Path, folder: Path) -> None:
     aside = new
     if not _exchange(new, folder):
         aside = new.with_suffix(".old")
+        _change_places(new, folder, aside)
+    _sync_entry(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _change_places(new: Path, folder: Path, aside: Path) -> None:
+    """Put a folder aside and a new one in its place, by two renames; hold it, or a writer that tidies puts it back."""
+    held = _lock(folder)
+    if held is None:
+        raise _busy(folder)
+    try:
         folder.rename(aside)
         try:
             new.rename(folder)
         except BaseException:
             aside.rename(folder)
             raise
-    _sync_entry(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        os.close(held)
 
 
 def _exchange(one: Path, other: Path) -> bool:

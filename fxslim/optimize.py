@@ -76,10 +76,15 @@ def _ways(graph: CompiledModule) -> tuple[Path, ...]:
     """Return inputs that the graph takes: those of the trace, and others in other sizes where it leaves them open."""
     inputs = tuple(node.name for node in graph.graph.find_nodes(op="placeholder"))
     call, ranges = graph._caller.call, graph._caller.ranges
-    example = _placed(call.example, graph)
     program = Program(graph.graph, {}, {}, {}, inputs, call, ranges=ranges)
-    first = Path("as traced", example)
-    first.run(graph)
+    first = Path("as traced", _placed(call.example, graph))
+    try:
+        first.run(graph)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the graph does not run on the inputs that it was traced with ({type(error).__name__}: {error}), so that "
+            "nothing could be compared. Use the graph as it is."
+        ) from error
     for vary in varied(program):
         ways = [
             Path(vary.name if batch == vary.one else "other inputs", _placed(_further(program, vary, batch), graph))
@@ -99,15 +104,19 @@ def _further(program: Program, vary: Vary, batch: int | None) -> dict[str, Any]:
 
 
 def _placed(inputs: Any, graph: CompiledModule) -> Any:
-    """Return inputs of the trace where the graph's tensors are now, and in their dtype."""
-    own = next((p for p in graph.parameters() if p.is_floating_point()), None)
-    if own is None:
+    """Return inputs of the trace where the graph's tensors are now, and in their dtype.
+
+    A graph of several dtypes cannot have been cast: its inputs are those of the trace.
+    """
+    own = [p for p in graph.parameters() if p.is_floating_point()]
+    if not own:
         return inputs
+    dtype = own[0].dtype if len({p.dtype for p in own}) == 1 else None
 
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return leaf.to(own) if leaf.is_floating_point() else leaf.to(own.device)
+        return leaf.to(own[0].device, dtype if leaf.is_floating_point() else None)
 
     return pytree.tree_map(placed, dict(inputs))
 

@@ -305,7 +305,14 @@ def _fits(fits: tuple[Fit, ...], tokens: int) -> Table:
 
 @dataclass(frozen=True)
 class Record:
-    """What travels with a narrowed model as ``.fxslim``: the plan and the report."""
+    """What travels with a narrowed model as ``.fxslim``: the plan and the report.
+
+    Attributes:
+        plan: what was taken out.
+        report: what was measured, where that was in this process.
+        weights: the weights of which that is said (`fxslim.passes.prepare.weights_digest`).
+    """
 
     plan: Plan
     report: Report | None = None
+    weights: str = ""

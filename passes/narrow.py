@@ -81,6 +81,22 @@ def replay(module: nn.Module, plan: Plan) -> nn.Module:
     return module
 
 
+def changed_weights(model: nn.Module, small: nn.Module, plan: Plan) -> list[str]:
+    """Return the parameters of a narrowed model that are not what a plan makes of the dense model's.
+
+    Biases that have taken up constants are left out: they are computed. So is everything where names differ.
+    """
+    made = dict(named_tensors(model))
+    made |= _narrowed(made, plan)
+    computed = {fold.bias for part in plan.sites for fold in part.folds}
+    return [
+        name
+        for name, own in small.named_parameters()
+        if name in made and name not in computed
+        and not (made[name].shape == own.shape and torch.equal(made[name].to(own), own))
+    ]  # fmt: skip
+
+
 def say_sizes(module: nn.Module, plan: Plan) -> None:
     """Say the new sizes in the model's config, where the plan found that it can."""
     config = getattr(module, "config", None)
@@ -122,7 +138,7 @@ def check_fits(module: nn.Module, plan: Plan, computed: Mapping[str, torch.Tenso
         if isinstance(edit, GatherEdit | AttentionEdit | MultiheadEdit | SpreadEdit):
             _check_heads(owner, edit)
             continue
-        holder = owner.config if isinstance(edit, ConfigEdit) else owner
+        holder = getattr(owner, "config", None) if isinstance(edit, ConfigEdit) else owner
         if type(getattr(holder, edit.name, None)) is not int or getattr(holder, edit.name) != edit.old:
             raise PlanError(
                 f"the plan expects {edit.module}.{edit.name} to be {edit.old}, "

@@ -16,6 +16,8 @@ from fxslim.program import named_tensors
 
 VOLATILE = ("transformers_version", "_name_or_path", "fxslim", "torch_dtype", "dtype", "architectures")
 """Config fields that say nothing about sizes."""
+SAMPLED = 1024
+"""Numbers of a parameter that a digest of weights looks at, about."""
 
 
 def permanent(model: nn.Module) -> nn.Module:
@@ -72,6 +74,17 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     fields = to_dict() if callable(to_dict) else {}
     text = json.dumps([type(model).__name__, rows, _whole_numbers(fields)], sort_keys=True)
     return Fingerprint(model_class=type(model).__name__, digest=hashlib.sha256(text.encode()).hexdigest())
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return what tells a model's weights from the same weights after training: some numbers of every parameter."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        digest.update(f"{name} {tensor.dtype}".encode())
+        if not tensor.is_meta and tensor.numel():
+            numbers = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)]
+            digest.update(numbers.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _whole_numbers(fields: Any) -> Any:

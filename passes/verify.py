@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -10,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxslim.errors import FxslimError, InputError, VerifyError
 from fxslim.passes.mask import masked
 from fxslim.passes.paths import Path
+from fxslim.passes.wide import in_float32, widened
 from fxslim.plan import Note, Plan
 from fxslim.report import Difference, Verification
 
@@ -29,8 +28,6 @@ SMALL = 1e-6
 """Outputs smaller than this, against the largest one, are compared by the largest one's scale times this."""
 HALF = 0.05
 """The same for half-precision models that are too large for a float32 copy."""
-LARGE = 1_000_000_000
-"""Parameters above which a half-precision model is not copied to float32 for its verification."""
 
 
 class _LowestFloat(TorchDispatchMode):
@@ -81,7 +78,7 @@ def refer(
         around: a context for each run.
         skipped: takes a note for each path that was left out.
     """
-    wide = _wide(model) if paths else None
+    wide = in_float32(model) if paths else None
     made = []
     for path in paths:
         try:
@@ -152,35 +149,9 @@ def compare(model: nn.Module, small: nn.Module, plan: Plan, references: Sequence
 
 def _against_float64(model: nn.Module, plan: Plan, reference: Reference) -> Reference:
     """Add float64 results to a reference, where float32 rounding alone may be above the plain tolerance."""
-    wide = _in(model, torch.float64)
+    wide = widened(model, torch.float64)
     with masked(wide, plan):
         return replace(reference, exact=reference.path.run(wide))
-
-
-def _wide(model: nn.Module) -> nn.Module | None:
-    """Return a float32 copy of a half-precision model, as the reference for its rounding."""
-    floating = [p for p in model.parameters() if p.is_floating_point()]
-    halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in floating)
-    if not halves or sum(p.numel() for p in floating) > LARGE:
-        return None
-    return _in(model, torch.float32)
-
-
-def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy in a wider dtype that takes the model's inputs."""
-    copied = copy.deepcopy(model)
-    wide = copied.double() if dtype == torch.float64 else copied.float()  # to() would cut complex tensors
-    wide.register_forward_pre_hook(_widen, with_kwargs=True)
-    return wide
-
-
-def _widen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Let a model in a wider dtype take its old inputs."""
-    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-    widened: tuple[Any, dict[str, Any]] = pytree.tree_map(
-        lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
-    )
-    return widened
 
 
 def _same_shapes(reference: list[torch.Tensor], found: list[torch.Tensor], path: Path) -> None:

@@ -80,7 +80,8 @@ def _looks(model: nn.Module, alive: list[Any]) -> Any:
         children = [(name, id(child) in numbers) for name, child in module._modules.items()]
         rows.append((path, _described(type(module), alive), tensors, _described(own, alive), children,
                      numbers.setdefault(id(module), len(numbers))))  # fmt: skip
-    return rows
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if kind not in (nn.Module, object)}
+    return rows, sorted(repr((id(kind), _described(dict(vars(kind)), alive))) for kind in kinds)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from huggingface_hub import ModelCard
 
 import fxslim
-from fxslim.hf.card import BEGIN, END, card
+from fxslim.errors import VerifyError
+from fxslim.hf.card import BEGIN, CHANGED, END, card
 from fxslim.report import Record
 
 from architectures import ARCHITECTURES
@@ -52,6 +54,41 @@ def test_figures_are_those_of_the_report(small: Any) -> None:
     assert kept == {(part.site.name, len(part.keep), part.site.units) for part in small.fxslim.plan}
     assert str(report.plain) in read.text
     assert card(small, small.fxslim) == text
+
+
+def test_figures_of_a_model_that_was_trained_on_are_said_to_be_older() -> None:
+    """A model that was trained since: the card must not say what it was as if it still were."""
+    torch.manual_seed(0)
+    model: Any = fxslim.slim(ARCHITECTURES["bert_classify"].build(torch.float32), ffn=0.5)
+    assert CHANGED not in card(model, model.fxslim)
+    assert CHANGED not in card(copy.deepcopy(model), model.fxslim)
+    train(model)
+    text = card(model, model.fxslim)
+    assert text.index(CHANGED) < text.index("| parameters |") < text.index("outputs differ by at most")
+
+
+def train(model: Any) -> None:
+    """Take one step of training, in place."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs = ARCHITECTURES["bert_classify"].inputs()
+    model(**inputs, labels=torch.tensor([0, 1, 2])).loss.backward()
+    optimizer.step()
+
+
+def test_verify_says_that_weights_have_changed() -> None:
+    torch.manual_seed(0)
+    dense = ARCHITECTURES["bert_classify"].build(torch.float32)
+    small: Any = fxslim.slim(dense, ffn=0.5)
+    train(small)
+    said = r"narrowed weights are not those .*\(bert\.[a-z_.]+, \d+ in all\): if it was trained since"
+    with pytest.raises(VerifyError, match=said) as caught:
+        fxslim.verify(dense, small, plan=small.fxslim.plan)
+    assert len(caught.value.changed) > 30
+    broken: Any = fxslim.slim(dense, ffn=0.5)
+    broken.bert.encoder.layer[0].register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    with pytest.raises(VerifyError, match=r"report it with the model's config\.$") as caught:
+        fxslim.verify(dense, broken, plan=broken.fxslim.plan)
+    assert caught.value.changed == ()
 
 
 def test_what_is_not_known_is_not_said(small: Any) -> None:

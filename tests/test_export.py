@@ -21,6 +21,7 @@ import fxslim
 from fxslim.cli.export import To
 from fxslim.errors import ExportError, InputError, TraceError
 from fxslim.export import FORMATS, format, onnx
+from fxslim.passes.inference.optimized import through_inductor
 
 from agreement import plain_kernels, random_keep, random_plan, same_state, state
 from architectures import ARCHITECTURES
@@ -127,6 +128,31 @@ def test_pt2_is_the_same_in_another_process_without_fxslim_and_transformers(name
         command = [sys.executable, "-c", LOAD, str(tmp_path / form), str(tmp_path / "expected.pt")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.stdout == "the same\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert_classify", "llama_gqa"])
+def test_an_optimized_graph_is_written_as_any_other(name: str, tmp_path: Path) -> None:
+    model, plan, forms = narrowed(name)
+    fast = fxslim.optimize(forms["graph"])
+    expected = [(inputs, masked(model, plan, inputs)) for inputs in sizes(name)]
+    torch.save(expected, tmp_path / "expected.pt")
+    assert len(fxslim.export(fast, tmp_path / "pt2", to="pt2").differences) == 3
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "pt2"), str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "the same\n", done.stderr
+    pytest.importorskip("onnxscript")
+    assert len(fxslim.export(fast, tmp_path / "onnx", to="onnx").differences) == 3
+    for inputs, want in expected:
+        check(want, in_onnxruntime(tmp_path / "onnx" / "model.onnx", inputs))
+
+
+def test_what_inductor_makes_of_a_graph_is_refused(tmp_path: Path) -> None:
+    model, rows = small_module()
+    fast = through_inductor(fxslim.optimize(fxslim.compile(model, rows, ffn=0.5)))
+    with pytest.raises(TraceError, match=r"Export the graph itself, or what fxslim\.optimize returns without inductor"):
+        fxslim.export(fast, tmp_path / "out", to="pt2", example_inputs=rows)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_says_what_it_holds_and_the_model_is_left_alone(tmp_path: Path) -> None:

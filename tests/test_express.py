@@ -36,6 +36,7 @@ save_file({"logits": found.logits.detach().contiguous()}, f"{folder}/../logits.s
         ("bert_classify", {"ffn": 0.5}, "AutoModelForSequenceClassification", {"intermediate_size"}),
         ("llama_gqa", {"ffn": 0.5, "kv_groups": 0.5}, "AutoModelForCausalLM",
          {"intermediate_size", "num_attention_heads", "num_key_value_heads"}),
+        ("llama", {"heads": 0.5}, "AutoModelForCausalLM", {"num_attention_heads", "num_key_value_heads"}),
     ],
 )  # fmt: skip
 def test_plain_transformers_loads_it_with_no_fxslim_installed(
@@ -97,10 +98,42 @@ def test_sizes_that_no_site_has_are_not_built(fields: dict[str, Any], said: str,
         plan = data["fxslim"] if name == "config.json" else data  # a plan says by which fxslim it was made
         plan["config"] = fields
         (folder / name).write_text(json.dumps(data))
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=said):
         fxslim.from_pretrained(folder)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
+
+
+def test_what_transformers_refuses_to_be_said_is_named() -> None:
+    """A Llama's config takes only numbers of heads that divide the hidden size, whatever the heads' width."""
+    small: Any = fxslim.slim(ARCHITECTURES["llama"].build(torch.float32), heads=0.25)
+    plain = small.fxslim.report.plain
+    assert not plain.loads
+    assert plain.reason == (
+        "the config would say num_attention_heads 4 -> 3, num_key_value_heads 4 -> 3, but transformers refuses that: "
+        "The hidden size (32) is not a multiple of the number of attention heads (3)"
+    )
+
+
+def test_a_forged_site_does_not_make_a_model_of_many_layers(tmp_path: Path) -> None:
+    """A site that is about no tensor may say any size; what is built is bounded by the weights that are there."""
+    dense = ARCHITECTURES["bert_classify"].build(torch.float32)
+    small: Any = fxslim.slim(dense, ffn=0.5)
+    folder = fxslim.save_pretrained(small, tmp_path / "small")
+    layers = 1 << 20
+    for name in ("config.json", "fxslim_plan.json"):
+        data = json.loads((folder / name).read_text())
+        plan = data["fxslim"] if name == "config.json" else data
+        forged = {"name": "x:ffn", "kind": "ffn", "module": "", "units": layers, "roles": {}, "slices": []}
+        plan["sites"].append({"site": forged, "keep": [0, 1]})
+        plan["config"] = {"num_hidden_layers": [layers, 2]}
+        (folder / name).write_text(json.dumps(data))
+    begun = time.process_time()  # seconds of this process: what else runs does not count
+    with pytest.raises(PlanError, match=r"more than \d+ modules and parameters, many more than there are weights for"):
+        fxslim.from_pretrained(folder)
+    assert time.process_time() - begun < 5
+    plan = fxslim.Plan.from_file(folder / "fxslim_plan.json").model_copy(update={"sites": ()})
+    assert not fxslim.slim(dense, plan=plan).fxslim.report.plain.loads
 
 
 def test_a_module_of_ones_own_has_nothing_to_say() -> None:

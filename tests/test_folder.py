@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 import fxslim.folder as folder_module
-from fxslim.errors import InputError
+from fxslim.checkpoint.files import WEIGHTS, read_shard
+from fxslim.errors import InputError, StorageError
 from fxslim.folder import replacing
 
 
@@ -25,12 +26,14 @@ def checkpoint(folder: Path, text: str) -> Path:
     """Write a folder that looks like a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text)
+    (folder / WEIGHTS).touch()
     return folder
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Return every file's text."""
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    """Return every file's text, but that of the weights."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != WEIGHTS)
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 def write(folder: Path, *, force: bool = False) -> None:
@@ -62,9 +65,41 @@ def test_an_old_checkpoint_is_replaced_only_by_force(tmp_path: Path) -> None:
 def test_force_does_not_delete_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"home holds no config\.json: it is no checkpoint"):
+    with pytest.raises(InputError, match=r"home is not replaced: it holds no config\.json: it is no checkpoint"):
         write(tmp_path / "home", force=True)
     assert content(tmp_path / "home") == {"thesis.txt": "precious"}
+
+
+def test_force_replaces_what_is_a_models_alone(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "out", "old")
+    for name in ("1_Pooling", "head"):
+        (folder / name).mkdir()
+    (folder / "modules.json").write_text('[{"path": "head"}]')
+    for name in ("README.md", "tokenizer.json", "training_args.txt", ".gitattributes"):
+        (folder / name).touch()
+    write(folder, force=True)
+    assert content(folder) == {"deep/file.txt": "new"}
+
+
+@pytest.mark.parametrize("stranger", [".git", "src", "checkpoint-500"])
+def test_force_does_not_delete_what_is_no_part_of_a_checkpoint(stranger: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "out", "old")
+    (folder / stranger).mkdir()
+    (folder / stranger / "file").write_text("precious")
+    with pytest.raises(
+        InputError, match=rf"out is not replaced: it holds {stranger}, which is no part of a checkpoint"
+    ):
+        write(folder, force=True)
+    assert content(folder) == {"config.json": "old", f"{stranger}/file": "precious"}
+
+
+def test_a_config_alone_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("{}")
+    (tmp_path / "project" / "main.py").write_text("precious")
+    with pytest.raises(InputError, match=r"neither weights nor a plan: it is no checkpoint. Choose another folder"):
+        write(tmp_path / "project", force=True)
+    assert (tmp_path / "project" / "main.py").read_text() == "precious"
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
@@ -184,9 +219,9 @@ def test_an_old_folder_that_was_put_aside_comes_back(tmp_path: Path) -> None:
 def test_of_two_writers_the_last_one_wins_whole(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "out", "old")
     with replacing(folder, force=True) as one:
-        (one / "config.json").write_text("one")
+        checkpoint(one, "one")
         with replacing(folder, force=True) as other:
-            (other / "config.json").write_text("other")
+            checkpoint(other, "other")
         assert content(folder) == {"config.json": "other"}
     assert content(folder) == {"config.json": "one"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -232,6 +267,75 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_ours(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match="out cannot be written: Read-only file system"):
         write(tmp_path / "out")
+
+
+def test_an_error_of_a_file_that_is_read_does_not_blame_the_folder(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "out", "old")
+    source = tmp_path / "source.json"
+
+    def denied(number: int) -> OSError:
+        return OSError(number, os.strerror(number), os.fspath(source))
+
+    for error, said in (
+        (denied(errno.EACCES), r"source\.json cannot be read: Permission denied\. .*out is as it was"),
+        (denied(errno.EIO), r"source\.json cannot be read: Input/output error"),
+        (OSError(errno.EIO, "Input/output error"), "out cannot be written: Input/output error"),
+    ):
+        with pytest.raises(StorageError, match=said), replacing(folder, force=True):
+            raise error
+    with pytest.raises(StorageError, match="out cannot be written"), replacing(folder, force=True) as staging:
+        raise OSError(errno.EACCES, "Permission denied", os.fspath(staging / "model.safetensors"))
+    assert content(folder) == {"config.json": "old"}
+
+
+def test_weights_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.zeros(5)}, tmp_path / WEIGHTS)
+    (stored,) = read_shard(tmp_path / WEIGHTS).tensors
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(StorageError, match=r"model\.safetensors cannot be read: Input/output error"):
+        stored.read()
+
+
+def test_a_writer_holds_the_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a writer's making its folder and holding it, another one tidies up, and a third one makes it again."""
+    lock, took = folder_module._lock, []
+
+    def slow(folder: Path) -> int | None:
+        if len(took) == 0:  # gone before it is opened
+            took.append(folder.rmdir())
+            return lock(folder)
+        held = lock(folder)
+        if len(took) == 1:  # gone before it is held, and made again
+            took.append(folder.rmdir())
+            folder.mkdir()
+        return held
+
+    monkeypatch.setattr(folder_module, "_lock", slow)
+    with replacing(tmp_path / "out", job="0123abcd") as staging:
+        assert len(took) == 2
+        assert lock(staging) is None, "somebody else could take what is there"
+        (staging / "file").write_text("1")
+    assert content(tmp_path / "out") == {"file": "1"}
+
+
+def test_a_folder_put_aside_is_held_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer that tidies up between the two renames would put the old folder back into the way."""
+    folder, rename = checkpoint(tmp_path / "out", "old"), Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            folder_module._tidy(folder, "partial", "old")
+        return rename(self, target)
+
+    monkeypatch.setattr(folder_module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", watched)
+    write(folder, force=True)
+    assert content(folder) == {"deep/file.txt": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_job_has_noted_is_there_until_everything_is_on_disk(

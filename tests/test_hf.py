@@ -22,6 +22,7 @@ from fxslim.errors import InputError, PlanError, UnsupportedModelError, VerifyEr
 from fxslim.hf import save
 
 from architectures import ARCHITECTURES
+from hard import HARD
 
 REQUEST: dict[str, Any] = {"ffn": 0.5, "heads": 0.25}
 
@@ -274,8 +275,27 @@ def test_the_plan_is_written_as_json(tmp_path: Path) -> None:
     assert fxslim.Plan.from_json(text) == small.fxslim.plan
 
 
+def test_what_the_class_keeps_in_float32_is_saved_and_loaded_in_float32(tmp_path: Path) -> None:
+    """T5 in half precision has ``wo`` in float32, and so has what ``from_pretrained`` makes of it."""
+    dense: Any = HARD["t5"].build(torch.float32)
+    dense.save_pretrained(tmp_path / "dense")
+    dense = type(dense).from_pretrained(tmp_path / "dense", dtype=torch.float16).eval()
+    assert dense.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    small: Any = fxslim.slim(dense, ffn=0.5, heads=0.5)
+    folder = fxslim.save_pretrained(small, tmp_path / "small")
+    again = fxslim.from_pretrained(folder)
+    expected, found = small.state_dict(), again.state_dict()
+    assert expected.keys() == found.keys()
+    assert {own.dtype for own in found.values()} == {torch.float16, torch.float32}
+    for name, own in expected.items():
+        assert found[name].dtype == own.dtype and torch.equal(found[name], own), name
+    inputs = HARD["t5"].inputs()
+    with torch.no_grad():
+        assert torch.equal(small(**inputs).logits, again(**inputs).logits)
+
+
 def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
-    """Refusal: ``from_pretrained`` reads everything in one dtype, so nothing would load back as it was."""
+    """Refusal: ``from_pretrained`` reads norms in the model's dtype, so nothing would load back as it was."""
     mixed: Any = fxslim.slim(ARCHITECTURES["bert_classify"].build(torch.float32), ffn=0.5).bfloat16()
     for name, parameter in mixed.named_parameters():
         if "LayerNorm" in name:

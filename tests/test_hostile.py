@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fxslim.checkpoint.files import INDEX, WEIGHTS, read_shard, read_shards
-from fxslim.errors import FxslimError, InputError, PlanError
+from fxslim.errors import FxslimError, InputError, PlanError, UnsupportedModelError
+from fxslim.express import check_fields, set_fields
 from fxslim.passes.narrow import replay
 from fxslim.plan import MAX_JSON, Fingerprint, Fold, Plan, Site, SitePlan, Slice, blocks_of
 
@@ -34,6 +35,14 @@ HOSTILE: tuple[Any, ...] = (
     *("", "../../etc/passwd", "..", "/", "\x00", "\ud800", "__class__", "a" * 2000),
     *([], {}, [[]], [0] * 1000, list(range(1000)), {"a": 1}, [None], "weight", "fc1.weight", "5"),
 )  # fmt: skip
+
+
+class Sizes:
+    """A config, as one of transformers: its fields are attributes."""
+
+    def __init__(self, intermediate_size: int) -> None:
+        self.intermediate_size = intermediate_size
+        self.model_type = "mlp"
 
 
 class Mlp(nn.Module):
@@ -66,6 +75,7 @@ def whole_plan() -> dict[str, Any]:
         {"edit": "attribute", "module": "", "name": "width", "old": 8, "new": 6},
         {"edit": "spread", "module": "fc1", "name": "output", "size": 8, "keep": [0, 2, 4, 5, 6, 7]},
         {"edit": "gather", "module": "", "name": "x", **heads},
+        {"edit": "config", "module": "", "name": "intermediate_size", "old": 8, "new": 6},
     ]
     data["config"] = {"intermediate_size": [8, 6]}
     data["notes"] = [{"where": "here", "reason": "so"}]
@@ -135,6 +145,21 @@ def valid() -> dict[str, Any]:
     return whole_plan()
 
 
+def loaded(model: nn.Module, plan: Plan) -> Any:
+    """Return a copy of a dense skeleton with a plan replayed on it, as loading does with a narrowed model's config."""
+    small: Any = copy.deepcopy(model)
+    small.config = Sizes(6)
+    check_fields(small.config, plan)
+    set_fields(small.config, {path: old for path, (old, _) in plan.config.items()})
+    replay(small, plan)
+    return small
+
+
+def test_the_plan_that_is_changed_is_a_good_one(valid: dict[str, Any]) -> None:
+    small = loaded(Mlp(), Plan.from_json(valid))
+    assert (small.width, small.config.intermediate_size, small.fc1.out_features) == (6, 6, 6)
+
+
 @FUZZ
 @given(seed=st.integers(0, 1 << 32))
 def test_no_plan_crashes_or_hangs(valid: dict[str, Any], seed: int) -> None:
@@ -143,16 +168,15 @@ def test_no_plan_crashes_or_hangs(valid: dict[str, Any], seed: int) -> None:
         model = Mlp()
     for number in range(EACH):
         raw = json.dumps(mutated(valid, draw)) if number % 4 else garbled(json.dumps(valid).encode(), draw)
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
-            plan = Plan.from_json(raw)
-            small = copy.deepcopy(model)
-            replay(small, plan.model_copy(update={"config": {}}))
+            small = loaded(model, Plan.from_json(raw))
         except FxslimError:
             pass
         else:
             assert all(t.device.type == "meta" for t in small.parameters())
-        assert time.perf_counter() - begun < SLOW
+            assert small.config.intermediate_size <= 8, "it grows"
+        assert time.process_time() - begun < SLOW
         COUNTED["plan"] += 1
 
 
@@ -179,7 +203,7 @@ def test_no_header_crashes_or_hangs(file: Path, tmp_path_factory: pytest.TempPat
             other.write_bytes(struct.pack("<Q", size) + text + rest)
         else:
             other.write_bytes(garbled(raw, draw))
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             shard = read_shard(other)
         except InputError:
@@ -188,7 +212,7 @@ def test_no_header_crashes_or_hangs(file: Path, tmp_path_factory: pytest.TempPat
             for stored in shard.tensors:
                 assert stored.start + stored.bytes <= other.stat().st_size
                 assert stored.read().shape == stored.shape
-        assert time.perf_counter() - begun < SLOW
+        assert time.process_time() - begun < SLOW
         COUNTED["header"] += 1
 
 
@@ -202,10 +226,10 @@ def test_a_plan_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "fxslim_plan.json"
     with path.open("wb") as opened:
         opened.truncate(1 << 30)  # a gigabyte that takes no room
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=f"has {1 << 30} bytes; plans have at most {MAX_JSON}"):
         Plan.from_file(path)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def one(valid: dict[str, Any], place: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -237,10 +261,10 @@ BOMBS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
 @pytest.mark.parametrize("case", BOMBS)
 def test_bombs_are_refused_before_anything_is_made_of_them(valid: dict[str, Any], case: str) -> None:
     place, value, message = BOMBS[case]
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=message):
         Plan.from_json(one(valid, place, value))
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_many_large_sites_are_refused_together(valid: dict[str, Any]) -> None:
@@ -248,10 +272,10 @@ def test_many_large_sites_are_refused_together(valid: dict[str, Any]) -> None:
     part = data["sites"][0]
     part["site"]["slices"][2]["size"] = 1 << 24
     data["sites"] = [{**part, "site": {**part["site"], "name": f"s{number}"}} for number in range(100)]
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=r"its sites would have \d+ rows; 268435456 are the most"):
         Plan.from_json(json.dumps(data))
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 FAULTS = {
@@ -271,10 +295,10 @@ def test_of_many_faults_the_first_is_told_at_once(valid: dict[str, Any], case: s
     wrong, message = FAULTS[case]
     text = json.dumps(valid | wrong)
     assert 3_000_000 < len(text) < MAX_JSON
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(PlanError, match=f"^not a valid fxslim plan: {message}") as caught:
         Plan.from_json(text)
-    assert time.perf_counter() - begun < SLOW / 2
+    assert time.process_time() - begun < SLOW / 2
     assert len(str(caught.value)) < 300
 
 
@@ -284,6 +308,7 @@ def test_of_many_faults_the_first_is_told_at_once(valid: dict[str, Any], case: s
         (("edits", 0, "name"), "training", "expects .training to be 8, found True"),
         (("edits", 0, "old"), 9, "expects .width to be 9, found 8"),
         (("edits", 1, "size"), 1 << 40, "more than it has"),
+        (("edits", 1), {"edit": "config", "module": "fc1", "name": "width", "old": 8, "new": 6}, "8, found None"),
     ],
 )
 def test_edits_must_be_about_numbers_that_are_there(
@@ -319,6 +344,16 @@ HEADERS = {
               "a name appears twice"),
     "metadata": (headers('{"__metadata__":{"a":1}}'), "metadata are not text"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
+def test_quantized_weights_are_called_quantized(code: str, tmp_path: Path) -> None:
+    raw = headers(f'{{"a":{{"dtype":"{code}","shape":[8],"data_offsets":[0,8]}}}}') + bytes(8)
+    (tmp_path / WEIGHTS).write_bytes(raw)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"holds 'a' in {code}: its weights are quantized.*Narrow the model"
+    ):
+        read_shards(tmp_path)
 
 
 @pytest.mark.parametrize("case", HEADERS)

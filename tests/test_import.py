@@ -51,6 +51,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "calibration",
             "folder",
             "express",
+            "bounded",
+            "replaceable",
             "transcript",
         }
     ),

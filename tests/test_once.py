@@ -55,7 +55,7 @@ def test_other_weights_share_a_trace_and_keep_their_own_numbers(traces: list[Any
             x = torch.randn(3, 4)
             with torch.no_grad(), fxslim.masked(model, small.fxslim.plan):
                 assert torch.allclose(small(x), model(x), atol=1e-5)
-    assert len(traces) == 1
+    assert len(traces) == 2  # the model, and what `follow` makes of it in another dtype
 
 
 def test_models_of_transformers_share_a_trace(traces: list[Any]) -> None:
@@ -102,6 +102,16 @@ def test_whatever_differs_is_traced_again(what: str, traces: list[Any]) -> None:
         fxslim.inspect(model, example())
         fxslim.inspect(other, given)
     assert len(traces) == 2
+
+
+def test_a_class_that_has_changed_is_traced_again(traces: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with one_trace_each():
+        fxslim.inspect(Halves(), example())
+        monkeypatch.setattr(Halves, "sign", -1, raising=False)
+        fxslim.inspect(Halves(), example())
+        monkeypatch.setattr(Halves, "forward", lambda self, x: self.down(self.up(x).tanh()))
+        fxslim.inspect(Halves(), example())
+    assert len(traces) == 3
 
 
 def test_other_inputs_are_traced_again(traces: list[Any]) -> None:

@@ -22,7 +22,7 @@ from architectures import ARCHITECTURES
 from hard import HARD
 
 CASES = {**ARCHITECTURES, **HARD}
-RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
+RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
 JOINED = {
     "bert": (13, 9),  # two layers of q, k, v and three more, a pooler
     "gpt2": (9, 9),  # its q, k and v are one matrix already
@@ -84,6 +84,69 @@ def test_a_graph_is_optimized_in_the_dtype_that_it_was_cast_to(dtype: torch.dtyp
     casts = sum(".to." in name or "_to_copy" in name for name in operations(made))
     before = sum(".to." in name or "_to_copy" in name for name in operations(graph))
     assert casts < before if dtype == torch.float32 else casts > 0  # norms compute in float32
+
+
+def _t5_with_wide_products(dtype: torch.dtype) -> nn.Module:
+    """Build a T5 as transformers loads it in half precision: ``wo`` stays in float32."""
+    model = CASES["t5"].build(dtype, "sdpa")
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_graph_of_several_dtypes_is_optimized_in_them(dtype: torch.dtype) -> None:
+    model = _t5_with_wide_products(dtype)
+    graph = fxslim.compile(model, ffn=0)
+    made = fxslim.optimize(graph)
+    assert (products(graph), products(made)) == JOINED["t5"]
+    assert {p.dtype for p in made.parameters()} == {dtype, torch.float32}
+    inputs = CASES["t5"].inputs(3, 9, seed=3)
+    agree(graph, made, inputs)
+    with torch.no_grad():
+        assert float((model(**inputs).logits - made(**inputs).logits).abs().max()) < 0.05
+    assert made.to("cpu") is made
+    with pytest.raises(UnsupportedModelError, match=r"stays in torch\.float"):
+        made.to(dtype)
+
+
+class _WideNorm(nn.Module):
+    """Takes bfloat16; its norm is in float32, and so is what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up, self.gate, self.down = (nn.Linear(*sizes).bfloat16() for sizes in ((8, 16), (8, 16), (16, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.down(torch.relu(self.up(x)) * self.gate(x)).float())
+        return y
+
+
+def test_inputs_of_a_graph_of_several_dtypes_are_those_of_the_trace() -> None:
+    torch.manual_seed(0)
+    model, x = _WideNorm().eval(), torch.randn(3, 5, 8).bfloat16()
+    graph = fxslim.compile(model, x, ffn=0)
+    made = fxslim.optimize(graph)
+    assert (products(graph), products(made)) == (3, 2)
+    agree(model, made, {"x": x[:2]})
+
+
+def test_a_wrong_graph_of_several_dtypes_is_found() -> None:
+    """Refusal: a graph that cannot be cast is measured by a copy that computes in float32 throughout."""
+    torch.manual_seed(0)
+    graph = fxslim.compile(_WideNorm().eval(), torch.randn(3, 5, 8).bfloat16(), ffn=0)
+    with pytest.raises(UnsupportedModelError, match="does not compute what the given one does"):
+        fxslim.optimize(graph, observer=_spoiled(1.03))
+
+
+def test_a_graph_that_does_not_run_is_refused_with_the_reason() -> None:
+    graph, _ = _plain()
+    graph = copy.deepcopy(graph)
+    graph.first.half()
+    with pytest.raises(UnsupportedModelError, match=r"does not run on the inputs.*RuntimeError.*same dtype"):
+        fxslim.optimize(graph)
 
 
 class _Plain(nn.Module):
@@ -154,6 +217,24 @@ def test_the_check_of_inputs_stays() -> None:
         made(torch.randn(2, 5, 3, dtype=torch.float64))
 
 
+def test_a_cast_to_the_dtype_that_it_has_changes_nothing() -> None:
+    graph = copy.deepcopy(compiled("llama_gqa", torch.float32, ffn=0.5)).to(torch.bfloat16)
+    made = fxslim.optimize(graph)
+    before = {name: own.clone() for name, own in made.state_dict().items()}
+    assert torch.float32 in {own.dtype for own in before.values()}, "no constant is kept in another dtype"
+    for same in (
+        made.bfloat16(),
+        made.to(torch.bfloat16),
+        made.to("cpu", torch.bfloat16),
+        copy.deepcopy(made).bfloat16(),
+    ):
+        after = same.state_dict()
+        assert all(after[name].dtype == own.dtype and torch.equal(after[name], own) for name, own in before.items())
+    with pytest.raises(UnsupportedModelError, match=r"stays in torch\.bfloat16 on cpu"):
+        made.float()
+    agree(graph, made, CASES["llama_gqa"].inputs(3, 9, seed=3))
+
+
 class _Casting(nn.Module):
     """Casts its input: what that does depends on the input that is given."""
 
@@ -203,20 +284,26 @@ def test_what_cannot_be_optimized_is_refused() -> None:
         fxslim.optimize(copy.deepcopy(graph).to("meta"))
 
 
+def _spoiled(factor: float) -> Any:
+    """Return an observer that changes a joined weight."""
+
+    def spoil(_before: Facts, step: Pass, after: Facts, _seconds: float) -> None:
+        if type(step).__name__ == "FuseLinears":
+            for known in after.known.values():
+                next(t for name, t in known.tensors.items() if name.startswith("joined")).mul_(factor)
+
+    return spoil
+
+
 def test_a_pass_that_changes_results_is_found_and_the_graph_stays() -> None:
     """Refusal: nothing is trusted that was not compared."""
     graph, x = _plain()
     before = graph(x)
 
-    def spoil(_before: Facts, step: Pass, after: Facts, _seconds: float) -> None:
-        if type(step).__name__ == "FuseLinears":
-            for known in after.known.values():
-                next(t for name, t in known.tensors.items() if name.startswith("joined")).mul_(1.01)
-
     with pytest.raises(
         UnsupportedModelError, match=r"does not compute what the given one does \(as traced: largest dif"
     ):
-        fxslim.optimize(graph, observer=spoil)
+        fxslim.optimize(graph, observer=_spoiled(1.01))
     assert torch.equal(graph(x), before)
 
 

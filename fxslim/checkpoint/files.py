@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxslim.errors import StorageError
+from fxslim.errors import StorageError, UnsupportedModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -38,6 +38,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+QUANTIZED = frozenset("F4 F6_E2M3 F6_E3M2 F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0".split())
+"""Dtypes of quantized weights."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,23 @@ class Stored:
         """Read the tensor, or its rows from ``first`` up to ``last`` along dimension 0.
 
         Raises:
-            StorageError: the file ends before the tensor does.
+            StorageError: the file cannot be read, or ends before the tensor does.
         """
         shape = self.shape if last is None else (last - first, *self.shape[1:])
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         count = math.prod(shape) * self.dtype.itemsize
         buffer = torch.empty(count, dtype=torch.uint8)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start + first * row)
-            view, done = buffer.numpy().data, 0
-            while done < count:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise StorageError(f"{self.file} ends inside {self.name}: it was cut short; fetch it again.")
-                done += got
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.start + first * row)
+                view, done = buffer.numpy().data, 0
+                while done < count:
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise StorageError(f"{self.file} ends inside {self.name}: it was cut short; fetch it again.")
+                    done += got
+        except OSError as error:
+            raise _unreadable(self.file, error) from error
         return buffer.view(self.dtype).reshape(shape)
 
 
@@ -109,6 +115,7 @@ def read_shard(file: Path) -> Shard:
     Raises:
         StorageError: the file is missing, cut short, or its header is not one: wrong length or JSON, an unknown dtype,
             repeated names, tensors that overlap, leave holes or lie outside the file.
+        UnsupportedModelError: a tensor is quantized.
     """
     try:
         size = file.stat().st_size
@@ -119,7 +126,7 @@ def read_shard(file: Path) -> Shard:
                 raise _broken(file, f"its header would be {length} bytes long, the file is {size}")
             text = opened.read(length)
     except OSError as error:
-        raise StorageError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise _unreadable(file, error) from error
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -157,6 +164,11 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _broken(file, f"{_short(name)} does not say exactly dtype, shape and data_offsets")
     code, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(code, str) and code in QUANTIZED:
+        raise UnsupportedModelError(
+            f"{file} holds {_short(name)} in {code}: its weights are quantized, and fxslim takes nothing out of those. "
+            "Narrow the model in 16 or 32 bits, and quantize the result."
+        )
     if not isinstance(code, str) or code not in DTYPES:
         raise _broken(file, f"{_short(name)} has dtype {_short(code)}, of which fxslim knows nothing")
     numbers = all(isinstance(part, list) and all(_whole(one) for one in part) for part in (shape, place))
@@ -172,6 +184,13 @@ def _whole(one: Any) -> bool:
 def _short(what: object) -> str:
     text = ascii(what if not isinstance(what, Exception) else str(what))
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _unreadable(file: Path, error: OSError) -> StorageError:
+    """Return what to raise; what is said already is said once."""
+    return (
+        error if isinstance(error, StorageError) else StorageError(f"{file} cannot be read: {error.strerror or error}.")
+    )
 
 
 def _broken(file: Path, why: str) -> StorageError:

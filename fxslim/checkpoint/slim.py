@@ -26,6 +26,7 @@ from fxslim.checkpoint.shards import DONE, Written, targets, write_shards
 from fxslim.errors import InputError, PlanError
 from fxslim.folder import check_free, replacing
 from fxslim.hf.card import CARD, card
+from fxslim.hf.classes import reading
 from fxslim.lazy import Spilled
 from fxslim.outofcore import OutOfCore
 from fxslim.passes.narrow import check_fits, replay
@@ -142,7 +143,9 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, staging: Path, 
     kind = shortened(type(skeleton), left_out)
     config = hf.dense_config(source)
     with TemporaryDirectory(dir=staging) as trial, OutOfCore(Path(trial)):
-        few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32).eval()
+        with reading(source):
+            few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
+        few.eval()
         part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
         small: Any = api.slim(few, plan=part, progress=progress)
     found: Plan = small.fxslim.plan

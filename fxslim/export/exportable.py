@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,13 +106,18 @@ def exportable(model: nn.Module, example_inputs: Any, *, dynamic: bool) -> Expor
             "holds those. Export the parts that can be traced by themselves."
         )
     if isinstance(model, CompiledModule):
+        if any(part._compiled_call_impl is not None for part in model.modules()):
+            raise TraceError(
+                "what inductor makes of a graph is code for this machine, which no format holds. Export the graph "
+                "itself, or what fxslim.optimize returns without inductor=True."
+            )
         module = _around(model)
         candidates = (model.example,) if example_inputs is None else bind(model, example_inputs)
     else:
         module = share(model).eval()
         without_caches(module)
         candidates = bind(module, example_inputs)
-    forward = model if isinstance(model, CompiledModule) else module.forward
+    forward = _agreeing(model) if isinstance(model, CompiledModule) else module.forward
 
     def named(**given: Any) -> dict[str, torch.Tensor]:
         return named_tensors(forward(**given))
@@ -130,6 +135,27 @@ def _around(graph: CompiledModule) -> nn.Module:
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         setattr(module, table, getattr(graph, table))
     return module.eval()
+
+
+def _agreeing(graph: CompiledModule) -> Callable[..., Any]:
+    """Return a graph's forward, which first says what sizes of inputs are equal, as they were when it was traced.
+
+    Export compares sizes as they come up. What it finds to be equal late, it has held to be different until then.
+    """
+    places: dict[str, list[tuple[int, int]]] = {}
+    for number, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+        for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            if is_symbolic(size):
+                places.setdefault(str(size), []).append((number, axis))
+
+    def forward(**given: Any) -> Any:
+        leaves = graph._caller.bind(given, {})
+        for (number, axis), *others in places.values():
+            for other, along in others:
+                torch._check(leaves[other].shape[along] == leaves[number].shape[axis])
+        return graph(**given)
+
+    return forward
 
 
 def named_tensors(tree: Any) -> dict[str, torch.Tensor]:

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from fxslim.hf.classes import reading
+from fxslim.passes.prepare import weights_digest
 from fxslim.plan import Plan
 from fxslim.report import Record, Report
 
 CARD = "README.md"
 BEGIN, END = "<!-- fxslim:begin -->", "<!-- fxslim:end -->"
+CHANGED = "Its weights have changed since it was narrowed (training, a cast). What follows was measured before that."
 TAGS = ("fxslim", "pruned")
 
 
@@ -41,7 +43,8 @@ def card(small: PreTrainedModel, record: Record, *, source: str | PathLike[str] 
         data["base_model"] = name
     text = "" if earlier is None else re.sub(f"{BEGIN}.*?{END}", "", earlier.text, flags=re.DOTALL).strip()
     kind = type(small).__name__
-    lines = [BEGIN, "# Narrowed by fxslim", "", *_section(kind, name or data.get("base_model"), record)]
+    changed = record.report is not None and record.weights != weights_digest(small)
+    lines = [BEGIN, "# Narrowed by fxslim", "", *_section(kind, name or data.get("base_model"), record, changed)]
     if text:
         lines += ["", "What follows is the card of the model that this one was made from; it is about that model."]
     header = ModelCardData(**data).to_yaml()
@@ -57,7 +60,7 @@ def _earlier(source: str | PathLike[str] | None) -> ModelCard | None:
     return None if path is None else ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
 
 
-def _section(kind: str, base: Any, record: Record) -> list[str]:
+def _section(kind: str, base: Any, record: Record, changed: bool) -> list[str]:
     plan, report = record.plan, record.report
     origin = f"`{base}`" if isinstance(base, str) else "a dense model of the same class"
     tools = f"fxslim {plan.fxslim} (torch {plan.torch}, transformers {plan.transformers})"
@@ -74,7 +77,8 @@ def _section(kind: str, base: Any, record: Record) -> list[str]:
     elif report is None:
         lines += ["", "It was loaded and saved again: what was measured when it was narrowed is not known here."]
     else:
-        lines += ["", *_measured(report)]
+        lines += ["", CHANGED, ""] if changed else [""]
+        lines += _measured(report)
     lines += ["", "Load it with fxslim:", "", "```python", "import fxslim", "",
               'model = fxslim.from_pretrained("…")  # this folder or repository', "```"]  # fmt: skip
     if report is not None and report.plain is not None:

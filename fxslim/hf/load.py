@@ -6,7 +6,7 @@ So sharded files, dtypes, devices, tied weights and buffers that are not saved a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from fxslim.bounded import bounded
+from fxslim.checkpoint.files import INDEX, MAX_INDEX, WEIGHTS, read_shard
 from fxslim.errors import InputError, PlanError, UnsupportedModelError
 from fxslim.express import check_fields, set_fields
 from fxslim.hf.classes import PLAN_FILE, check_there, first_line, model_class, reading
@@ -73,7 +75,7 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
         )
     check_fields(config, plan)
     original = model_class(config, source=trusted, **where)
-    narrowed: Any = _narrowed(original, plan)
+    narrowed: Any = _narrowed(original, plan, _stored(folder, where) if plan.config else None)
     with reading(folder), _fitting(folder, plan):
         model, info = narrowed.from_pretrained(
             fspath(folder), config=config, output_loading_info=True, **where, **loading, **rest
@@ -128,12 +130,31 @@ def _one_plan(folder: str | PathLike[str], written: Plan | None, carried: Any) -
     return plan
 
 
-def _narrowed(original: type[PreTrainedModel], plan: Plan) -> type[PreTrainedModel]:
-    """Return a subclass whose skeletons come out narrowed, so that loading reads the saved tensors into place."""
+def _stored(folder: str | PathLike[str], where: Mapping[str, Any]) -> int | None:
+    """Return how many tensors a folder's files hold, about; None where they have other names than usual."""
+    with reading(folder):
+        index, weights = (
+            cached_file(fspath(folder), name, _raise_exceptions_for_missing_entries=False, **where)
+            for name in (INDEX, WEIGHTS)
+        )
+    if index is not None and Path(index).stat().st_size <= MAX_INDEX:
+        return Path(index).read_bytes().count(b".safetensors")  # an index names a file for every tensor
+    return None if weights is None else len(read_shard(Path(weights)).tensors)
+
+
+def _narrowed(original: type[PreTrainedModel], plan: Plan, stored: int | None) -> type[PreTrainedModel]:
+    """Return a subclass whose skeletons come out narrowed, so that loading reads the saved tensors into place.
+
+    Args:
+        original: the class.
+        plan: what was narrowed.
+        stored: how many tensors are stored, where the plan says what the config was.
+    """
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         set_fields(config, {path: old for path, (old, _) in plan.config.items()})
-        original.__init__(self, config, *args, **kwargs)
+        with bounded(stored) if plan.config else nullcontext():
+            original.__init__(self, config, *args, **kwargs)
         with torch.device("cpu"):  # indices are real even where weights are not
             settle(self)
             replay(self, plan)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import tempfile
 from os import PathLike, fspath
@@ -21,6 +19,7 @@ from fxslim.folder import replacing
 from fxslim.hf.card import CARD, card
 from fxslim.hf.classes import PLAN_FILE, check_there, first_line, reading
 from fxslim.hf.reread import check_saved
+from fxslim.replaceable import modules_of
 from fxslim.report import Record
 
 BESIDE_THE_MODEL = (
@@ -133,7 +132,7 @@ def copy_beside(source: str | PathLike[str], folder: Path) -> None:
     if hub:
         with reading(source):
             local = Path(snapshot_download(fspath(source), allow_patterns=list(BESIDE_THE_MODEL)))
-    modules = [f"{path}/**/*" for path in _modules(local)]
+    modules = [f"{path}/**/*" for path in modules_of(local)]
     if hub and modules:
         with reading(source):
             local = Path(snapshot_download(fspath(source), allow_patterns=[*BESIDE_THE_MODEL, *modules]))
@@ -143,16 +142,6 @@ def copy_beside(source: str | PathLike[str], folder: Path) -> None:
                 copied = folder / path.relative_to(local)
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copied)
-
-
-def _modules(folder: Path) -> list[str]:
-    """Return the folders of the modules that follow an encoder of sentence-transformers; none outside its own."""
-    try:
-        named = json.loads((folder / "modules.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return []
-    paths = [one.get("path") for one in named if isinstance(one, dict)] if isinstance(named, list) else []
-    return [path for path in paths if isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", path)]
 
 
 def _check_source(source: str | PathLike[str]) -> None:
@@ -182,11 +171,5 @@ def _narrowed(small: nn.Module) -> tuple[PreTrainedModel, Record]:
         raise InputError(
             "some of the model's weights are on meta: accelerate keeps them elsewhere. Load it without offloading to "
             "save it, or narrow its files with fxslim.slim_checkpoint."
-        )
-    dtypes = {p.dtype for p in small.parameters() if p.is_floating_point()}
-    if len(dtypes) > 1:
-        raise InputError(
-            f"the model mixes {', '.join(sorted(map(str, dtypes)))}, which from_pretrained does not restore; cast it "
-            "to one dtype first, for example with small.to(torch.float32)."
         )
     return small, record

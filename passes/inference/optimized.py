@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,26 +18,40 @@ from fxslim.passes.inference.draft import Draft
 
 
 class OptimizedModule(CompiledModule):
-    """A compiled graph whose constants are computed, so that it can neither be moved nor cast."""
+    """A compiled graph whose constants are computed, so that it can neither be moved nor cast.
+
+    Attributes:
+        _dtypes: those of the given graph's parameters; constants may have others.
+    """
+
+    _dtypes: frozenset[torch.dtype]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         """Copy, and compile again what is compiled: torch leaves that out."""
         copied = super().__deepcopy__(memo)
+        assert isinstance(copied, OptimizedModule)
+        copied._dtypes = self._dtypes
         for name, own in self.named_children():
             if own._compiled_call_impl is not None:
                 copied.get_submodule(name).compile(dynamic=True)
         return copied
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
-        """Refuse another device and another dtype."""
-        for device, dtype in {(own.device, own.dtype) for own in (*self.parameters(), *self.buffers())}:
+        """Refuse another device and another dtype; what was cast to the dtype that it has, it is already."""
+
+        def keeps(device: torch.device, dtype: torch.dtype) -> bool:
             moved = fn(torch.empty(0, dtype=dtype, device=device))
-            if (moved.device, moved.dtype) != (device, dtype):
+            return (moved.device, moved.dtype) == (device, dtype)
+
+        tensors = [*self.parameters(), *self.buffers()]
+        own = self._dtypes or {tensor.dtype for tensor in tensors}
+        for device, dtype in sorted(product({tensor.device for tensor in tensors}, own), key=str):
+            if not keeps(device, dtype):
                 raise UnsupportedModelError(
                     f"an optimized graph stays in {dtype} on {device}: what depends on either was computed. Move or "
                     "cast the graph that it was made of, and optimize that."
                 )
-        super()._apply(fn, recurse)
+        super()._apply(lambda tensor: fn(tensor) if keeps(tensor.device, tensor.dtype) else tensor, recurse)
         return self
 
 
@@ -60,6 +75,7 @@ def emitted(draft: Draft, given: CompiledModule) -> OptimizedModule:
     made = OptimizedModule(root, graph, class_name=type(given).__name__)
     made.meta.update(given.meta)
     made._caller = dataclasses.replace(given._caller, following=Following())
+    made._dtypes = frozenset(p.dtype for p in given.parameters() if p.is_floating_point())
     return made.eval()
 
 
@@ -86,7 +102,7 @@ def through_inductor(made: OptimizedModule) -> OptimizedModule:
     root.add_module("operations", inner)
     whole = OptimizedModule(root, outer, class_name=type(made).__name__)
     whole.meta.update(made.meta)
-    whole._caller = made._caller
+    whole._caller, whole._dtypes = made._caller, made._dtypes
     return whole.eval()
 
 
