@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -12,8 +13,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-SUFFIX = ".mapped"
-"""How names of such files end."""
+SUFFIX = f".{uuid4().hex}.mapped"
+"""How names of such files end in this process: pages of nobody else's file are given back."""
 ZEROS = bytes(1 << 20)
 
 _ADVISE: Any = ctypes.CDLL(None).madvise if os.name == "posix" else None
@@ -34,10 +35,17 @@ def mapped(shaped: Tensor, folder: Path) -> Tensor:
     try:
         with path.open("xb") as file:
             _reserve(file.fileno(), size)
-        storage: Any = torch.UntypedStorage.from_file(str(path), True, size)
+        storage = _storage(path, size)
     finally:
         path.unlink(missing_ok=True)
     return torch.empty(0, dtype=shaped.dtype).set_(storage, 0, shaped.shape, shaped.stride())
+
+
+def _storage(path: Path, size: int) -> Any:
+    try:
+        return torch.UntypedStorage.from_file(str(path), True, size)
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"it cannot be mapped: {str(error).splitlines()[0]}", str(path)) from error
 
 
 def _reserve(file: int, size: int) -> None:

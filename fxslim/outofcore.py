@@ -41,7 +41,7 @@ class OutOfCore(TorchDispatchMode):
     def __exit__(self, *raised: Any) -> None:
         """Leave; raise OSError where the disk could not take a tensor, whatever a model has made of that."""
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        if self.error is not None:
+        if self.error is not None and (raised[0] is None or issubclass(raised[0], Exception)):
             raise self.error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,7 +183,9 @@ def _stacked(mode: OutOfCore, tensors: Sequence[Tensor], dim: int = 0) -> Tensor
 
 
 def _written(mode: OutOfCore, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor | None:
-    return _copy(target, source.expand_as(target)) if _is_large(target) and _is_plain(source) else None
+    if not _is_large(target) or not _is_plain(source) or _storage(target) == _storage(source):
+        return None
+    return _copy(target, source.expand_as(target))
 
 
 def _masked(mode: OutOfCore, target: Tensor, mask: Tensor, value: Any) -> Tensor | None:

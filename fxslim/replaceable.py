@@ -7,24 +7,38 @@ import re
 from pathlib import Path
 
 CONFIG = "config.json"
-CONTENT = re.compile(r"fxslim_plan\.json|.+\.(safetensors|bin|onnx|pt2|xml)(\.index\.json)?")
+CONTENT = re.compile(
+    r"fxslim_plan\.json|.+\.(safetensors|onnx|pt2)|"
+    r"(pytorch|adapter|openvino)_(.+_)?model(-.+)?\.bin|openvino_(.+_)?model\.xml"
+)
 """Files of which a model's folder holds at least one, beside its config."""
-SUBFOLDER = re.compile(r"\d+_\w+")
-"""Modules of sentence-transformers that follow an encoder: ``1_Pooling``."""
+BESIDE = re.compile(
+    r".+\.(json|jinja|model|spm|tiktoken)|(vocab|merges|special_tokens_map).*\.txt|\.git(attributes|ignore)|"
+    r"(README|LICENSE|LICENCE|NOTICE|USE_POLICY|MODEL_CARD)\b.*|.+\.onnx(\.data|_data)|training_args\.\w+|"
+    r"(modeling|configuration|tokenization|(image_|video_)?processing|feature_extraction)_\w+\.py|"
+    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|\.DS_Store"
+)
+"""Files that may stand beside it: of tokenizers, processors, a Trainer, and the hub."""
+SUBFOLDER = re.compile(
+    r"additional_chat_templates|\d+_(Transformer|Pooling|Normalize|Dense|LayerNorm|Dropout|WeightedLayerPooling)"
+)
+"""Folders of tokenizers, and of the modules that follow an encoder of sentence-transformers."""
 
 
 def foreign(folder: Path) -> str | None:
     """Return what keeps a folder from being replaced, or None: it holds a model, and nothing beside that."""
-    entries = sorted(folder.iterdir())
-    names = {path.name for path in entries}
+    names = {path.name for path in folder.iterdir()}
     if CONFIG not in names:
         return f"it holds no {CONFIG}: it is no checkpoint"
     if not any(CONTENT.fullmatch(name) for name in names):
         return f"it holds a {CONFIG} and neither weights nor a plan: it is no checkpoint"
     known = {path.split("/")[0] for path in modules_of(folder)}
-    for path in entries:
-        if path.name == ".git" or (path.is_dir() and path.name not in known and not SUBFOLDER.fullmatch(path.name)):
-            return f"it holds {path.name}, which is no part of a checkpoint"
+    for path in sorted(folder.iterdir()):
+        within = path.name in known or SUBFOLDER.fullmatch(path.name)
+        inside = sorted(path.rglob("*")) if within and path.is_dir() else [path]
+        for one in inside:
+            if not (one.is_dir() and within) and not (CONTENT.fullmatch(one.name) or BESIDE.fullmatch(one.name)):
+                return f"it holds {one.relative_to(folder)}, which is no part of a checkpoint"
     return None
 
 

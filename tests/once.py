@@ -6,6 +6,7 @@ is not understood here counts as different, so that a model is traced again rath
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 from transformers import GenerationConfig, PretrainedConfig
 
 from fxslim import dtypes
@@ -29,6 +31,13 @@ from fxslim.sharing import rebound
 MOST = 100
 """How many traces a process keeps."""
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
+SETTLED = (
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.GetSetDescriptorType),
+    *(property, classmethod, staticmethod, functools.cached_property),
+)
+"""What stays the same for as long as it is the same object."""
+SAID = ("__annotations__", "__orig_bases__", "__parameters__", "__doc__", "__dict__", "__weakref__")
+"""What a class says of itself, and nobody runs."""
 TABLES = ("_parameters", "_buffers", "_modules", "training")
 
 
@@ -40,14 +49,15 @@ def one_trace_each() -> Iterator[None]:
 
     def trace(model: nn.Module, *candidates: Mapping[str, Any], **options: Any) -> Program:
         alive: list[Any] = []
-        key = repr((_looks(model, alive), [_described(c, alive) for c in candidates], sorted(options.items()),
-                    torch.get_default_dtype()))  # fmt: skip
+        key = repr(
+            (_looks(model, alive), [_described(c, alive) for c in candidates], sorted(options.items()), _modes())
+        )
         if key in kept:
             kept.move_to_end(key)
-            return rebound(kept[key][0], model)
+            return _apart(rebound(kept[key][0], model))
         program = original(model, *candidates, **options)
-        if not _is_measured(program):
-            kept[key] = program, alive
+        if not _is_measured(program) and all(isinstance(own, SETTLED) or not hasattr(own, "__dict__") for own in alive):
+            kept[key] = _apart(program), alive
             if len(kept) > MOST:
                 kept.popitem(last=False)
         return program
@@ -56,6 +66,20 @@ def one_trace_each() -> Iterator[None]:
         patch.setattr(pipelines, "trace", trace)
         patch.setattr(dtypes, "trace", trace)
         yield
+
+
+def _modes() -> tuple[Any, ...]:
+    """Return what is switched on around a trace."""
+    return (torch.get_default_dtype(), torch.get_default_device(), torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled(),
+            torch.backends.mha.get_fastpath_enabled())  # fmt: skip
+
+
+def _apart(program: Program) -> Program:
+    """Return a program whose example inputs and constants are nobody else's."""
+    example = pytree.tree_map_only(torch.Tensor, torch.clone, dict(program.call.example))
+    tensors = {name: own.clone() if name in program.constants else own for name, own in program.tensors.items()}
+    return dataclasses.replace(program, call=dataclasses.replace(program.call, example=example), tensors=tensors)
 
 
 def _is_measured(program: Program) -> bool:
@@ -81,7 +105,8 @@ def _looks(model: nn.Module, alive: list[Any]) -> Any:
         rows.append((path, _described(type(module), alive), tensors, _described(own, alive), children,
                      numbers.setdefault(id(module), len(numbers))))  # fmt: skip
     kinds = {kind for module in model.modules() for kind in type(module).__mro__ if kind not in (nn.Module, object)}
-    return rows, sorted(repr((id(kind), _described(dict(vars(kind)), alive))) for kind in kinds)
+    own = {kind: {name: value for name, value in vars(kind).items() if name not in SAID} for kind in kinds}
+    return rows, sorted(repr((id(kind), _described(members, alive))) for kind, members in own.items())
 
 
 def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -110,6 +135,8 @@ def _described(value: Any, alive: list[Any]) -> Any:
     if type(value) is functools.partial:
         return "partial", _described(value.func, alive), _described((value.args, value.keywords), alive)
     if isinstance(value, PretrainedConfig | GenerationConfig):
+        return _described(type(value), alive), _described(vars(value), alive)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _described(type(value), alive), _described(vars(value), alive)
     alive.append(value)
     return type(value).__qualname__, id(value)

@@ -72,10 +72,11 @@ def test_force_does_not_delete_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_force_replaces_what_is_a_models_alone(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "out", "old")
-    for name in ("1_Pooling", "head"):
+    for name in ("1_Pooling", "head", "additional_chat_templates"):
         (folder / name).mkdir()
+        (folder / name / "config.json").touch()
     (folder / "modules.json").write_text('[{"path": "head"}]')
-    for name in ("README.md", "tokenizer.json", "training_args.txt", ".gitattributes"):
+    for name in ("README.md", "tokenizer.json", "training_args.bin", ".gitattributes", "vocab.txt", "modeling_own.py"):
         (folder / name).touch()
     write(folder, force=True)
     assert content(folder) == {"deep/file.txt": "new"}
@@ -91,6 +92,25 @@ def test_force_does_not_delete_what_is_no_part_of_a_checkpoint(stranger: str, tm
     ):
         write(folder, force=True)
     assert content(folder) == {"config.json": "old", f"{stranger}/file": "precious"}
+
+
+@pytest.mark.parametrize("stranger", ["main.py", "thesis.tex", "data.csv", "1_Pooling/notes.txt", "2024_results/a.csv"])
+def test_force_does_not_delete_files_of_others(stranger: str, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "out", "old") / stranger
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("precious")
+    with pytest.raises(InputError, match=r"out is not replaced: it holds .*, which is no part of a checkpoint"):
+        write(tmp_path / "out", force=True)
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("content", ["firmware.bin", "pom.xml"])
+def test_not_every_binary_is_a_weight(content: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", content):
+        (tmp_path / "out" / name).write_text("precious")
+    with pytest.raises(InputError, match="neither weights nor a plan"):
+        write(tmp_path / "out", force=True)
 
 
 def test_a_config_alone_is_no_checkpoint(tmp_path: Path) -> None:

@@ -294,6 +294,14 @@ def test_what_the_class_keeps_in_float32_is_saved_and_loaded_in_float32(tmp_path
         assert torch.equal(small(**inputs).logits, again(**inputs).logits)
 
 
+def test_a_cast_model_is_saved_though_its_class_keeps_parts_in_float32(tmp_path: Path) -> None:
+    small: Any = fxslim.slim(HARD["t5"].build(torch.float32), ffn=0.5).half()
+    assert {own.dtype for own in small.parameters()} == {torch.float16}
+    again = fxslim.from_pretrained(fxslim.save_pretrained(small, tmp_path / "small"), dtype=torch.float16)
+    found = again.state_dict()
+    assert all(torch.equal(found[name].to(own.dtype), own) for name, own in small.state_dict().items())
+
+
 def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
     """Refusal: ``from_pretrained`` reads norms in the model's dtype, so nothing would load back as it was."""
     mixed: Any = fxslim.slim(ARCHITECTURES["bert_classify"].build(torch.float32), ffn=0.5).bfloat16()

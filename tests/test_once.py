@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +115,45 @@ def test_a_class_that_has_changed_is_traced_again(traces: list[Any], monkeypatch
         monkeypatch.setattr(Halves, "forward", lambda self, x: self.down(self.up(x).tanh()))
         fxslim.inspect(Halves(), example())
     assert len(traces) == 3
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, partial(torch.autocast, "cpu"), torch.no_grad])
+def test_what_is_switched_on_counts(mode: Callable[[], AbstractContextManager[Any]], traces: list[Any]) -> None:
+    model = Halves()
+    with one_trace_each():
+        fxslim.inspect(model, example())
+        with mode():
+            fxslim.inspect(model, example())
+    assert len(traces) == 2
+
+
+def test_inputs_and_constants_are_nobody_elses(traces: list[Any]) -> None:
+    class Shifted(Halves):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = torch.ones(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.more
+
+    first, second, inputs = Shifted(), Shifted(), example()
+    with one_trace_each():
+        fxslim.inspect(first, inputs)
+        first.more.fill_(100)
+        inputs["x"].fill_(100)
+        small = fxslim.compile(second, example())
+        x = torch.randn(3, 4)
+        with torch.no_grad():
+            assert torch.allclose(small(x), second(x), atol=1e-5)
+
+
+def test_what_may_change_unseen_is_traced_every_time(traces: list[Any]) -> None:
+    model = Halves()
+    model.options = SimpleNamespace(times=1)  # type: ignore[assignment]
+    with one_trace_each():
+        fxslim.inspect(model, example())
+        fxslim.inspect(model, example())
+    assert len(traces) == 2
 
 
 def test_other_inputs_are_traced_again(traces: list[Any]) -> None:

@@ -142,15 +142,19 @@ def _edited(source: Path, skeleton: Any, plan: Plan, keys: Keys, staging: Path, 
     double = any(piece.stored.dtype == torch.float64 for piece in keys.pieces.values())
     kind = shortened(type(skeleton), left_out)
     config = hf.dense_config(source)
-    with TemporaryDirectory(dir=staging) as trial, OutOfCore(Path(trial)):
-        with reading(source):
-            few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
-        few.eval()
-        part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
-        small: Any = api.slim(few, plan=part, progress=progress)
-    found: Plan = small.fxslim.plan
-    del few, small
-    gc.collect()  # what a trace leaves refers to itself
+
+    def tried(folder: Path) -> tuple[Plan, Plan]:
+        with OutOfCore(folder):
+            with reading(source):
+                few = kind.from_pretrained(source, config=config, dtype=torch.float64 if double else torch.float32)
+            few.eval()
+            part = without(plan, left_out).model_copy(update={"fingerprint": fingerprint(few)})
+            small: Any = api.slim(few, plan=part, progress=progress)
+        return part, small.fxslim.plan
+
+    with TemporaryDirectory(dir=staging) as trial:
+        part, found = tried(Path(trial))
+        gc.collect()  # what a trace leaves refers to itself, and files have to be gone before their folder
     if [own.model_copy(update={"folds": ()}) for own in found.sites] != [
         own.model_copy(update={"folds": ()}) for own in part.sites
     ]:

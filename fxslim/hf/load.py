@@ -75,7 +75,8 @@ def from_pretrained(folder: str | PathLike[str], **hf_kwargs: Any) -> PreTrained
         )
     check_fields(config, plan)
     original = model_class(config, source=trusted, **where)
-    narrowed: Any = _narrowed(original, plan, _stored(folder, where) if plan.config else None)
+    usual = plan.config and rest.get("variant") is None and rest.get("use_safetensors") is not False
+    narrowed: Any = _narrowed(original, plan, _stored(folder, where) if usual else None)
     with reading(folder), _fitting(folder, plan):
         model, info = narrowed.from_pretrained(
             fspath(folder), config=config, output_loading_info=True, **where, **loading, **rest
@@ -132,14 +133,15 @@ def _one_plan(folder: str | PathLike[str], written: Plan | None, carried: Any) -
 
 def _stored(folder: str | PathLike[str], where: Mapping[str, Any]) -> int | None:
     """Return how many tensors a folder's files hold, about; None where they have other names than usual."""
-    with reading(folder):
-        index, weights = (
-            cached_file(fspath(folder), name, _raise_exceptions_for_missing_entries=False, **where)
-            for name in (INDEX, WEIGHTS)
-        )
-    if index is not None and Path(index).stat().st_size <= MAX_INDEX:
-        return Path(index).read_bytes().count(b".safetensors")  # an index names a file for every tensor
-    return None if weights is None else len(read_shard(Path(weights)).tensors)
+    once = {name: value for name, value in where.items() if name != "force_download"}
+    for name in (INDEX, WEIGHTS):
+        with reading(folder):
+            found = cached_file(fspath(folder), name, _raise_exceptions_for_missing_entries=False, **once)
+        if found is not None and name == WEIGHTS:
+            return len(read_shard(Path(found)).tensors)
+        if found is not None and Path(found).stat().st_size <= MAX_INDEX:
+            return Path(found).read_bytes().count(b".safetensors")  # an index names a file for every tensor
+    return None
 
 
 def _narrowed(original: type[PreTrainedModel], plan: Plan, stored: int | None) -> type[PreTrainedModel]:

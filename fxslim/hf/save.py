@@ -33,6 +33,7 @@ BESIDE_THE_MODEL = (
     "*.spm",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*",
     "*processor_config.json",
     "modules.json",
     "*sentence_*.json",

@@ -41,12 +41,12 @@ class AddMasks:
                 dtypes.setdefault(node, set()).add(value.dtype)
         readers: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
         for node in attentions:
-            query, mask = node.args[0], argument(node, 3, "attn_mask")
+            query, mask = argument(node, 0, "query"), argument(node, 3, "attn_mask")
             if isinstance(query, fx.Node) and isinstance(mask, fx.Node) and dtypes.get(mask) == {torch.bool}:
                 for dtype in dtypes.get(query, ()):
                     readers.setdefault((mask, dtype), []).append(node)
         for (mask, dtype), nodes in readers.items():
-            if len(nodes) > 1 and all(dtypes[node.args[0]] == {dtype} for node in nodes):  # type: ignore[index]
+            if len(nodes) > 1 and all(dtypes[argument(node, 0, "query")] == {dtype} for node in nodes):
                 _add(draft.graph, mask, dtype, nodes)
         return facts.adding(draft.holding(draft.tensors))
 
