@@ -125,6 +125,14 @@ def test_a_row_passes_only_if_everything_holds() -> None:
         assert not replace(passed(), slim=Form(outcome)).passes("slim", in_place=True)
 
 
+def test_the_plot_shows_parts_of_what_was_counted() -> None:
+    pytest.importorskip("matplotlib")
+    counted = {"cases": 4, "prunable": 10, "narrowed": {"slim": 3, "compile": 4},
+               "narrowed or in place": {"slim": 4, "compile": 2}, "smaller": {"slim": 9, "compile": 5}}  # fmt: skip
+    (axes,) = table.figure(counted).axes
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [[75, 100, 90], [100, 50, 50]]
+
+
 def test_distance_sees_shapes_numbers_and_infinities() -> None:
     a = torch.tensor([1.0, float("inf"), 4.0])
     assert distance(a, a.clone()) == 0

@@ -25,7 +25,7 @@ from benchmarks.readme import README, written
 from benchmarks.zoo.cases import CASES, read_cases
 from benchmarks.zoo.check import Row
 from benchmarks.zoo.pool import LIMIT, run_all
-from benchmarks.zoo.table import BEGIN, END, markdown, summary, totals
+from benchmarks.zoo.table import BEGIN, END, figure, markdown, summary, totals
 from fxslim.errors import InputError
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     text = markdown(rows)
     print(text)
     if given.cases == CASES and not given.only:
-        write_result("zoo", payload=totals(rows), markdown=text)
+        write_result("zoo", payload=totals(rows), markdown=text, figure=figure(totals(rows)))
         readme = README.read_text(encoding="utf-8")
         README.write_text(written(readme, summary(rows), BEGIN, END), encoding="utf-8")
 

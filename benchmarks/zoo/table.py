@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.zoo.check import Form, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEGIN, END = "<!-- zoo:begin -->", "<!-- zoo:end -->"
 HEAD = (
@@ -70,6 +73,25 @@ def summary(rows: Sequence[Row]) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part} ({part / whole:.1%})"
+
+
+def figure(counted: Mapping[str, Any]) -> Figure:
+    """Plot what `totals` has counted: parts of cases that pass, and of prunable linears that got smaller."""
+    from matplotlib.figure import Figure
+
+    shares = {
+        **{f"pass, {name}": (counted[name], counted["cases"]) for name in ("narrowed", "narrowed or in place")},
+        "prunable linears that got smaller": (counted["smaller"], counted["prunable"]),
+    }
+    made = Figure(figsize=(7, 2.4), layout="constrained")
+    axes = made.subplots()
+    for place, form in enumerate(("slim", "compile")):
+        parts = [100 * own[form] / max(whole, 1) for own, whole in shares.values()]
+        axes.barh([row + 0.4 * place for row in range(len(shares))], parts, height=0.38, label=form)
+    axes.set_yticks([row + 0.2 for row in range(len(shares))], list(shares))
+    axes.set_xlabel(f"% ({counted['cases']} cases, {counted['prunable']} linears)")
+    axes.legend(loc="lower left")
+    return made
 
 
 def markdown(rows: Sequence[Row]) -> str:
