@@ -18,6 +18,8 @@ VOLATILE = ("transformers_version", "_name_or_path", "fxslim", "torch_dtype", "d
 """Config fields that say nothing about sizes."""
 SAMPLED = 1024
 """Numbers of a parameter that a digest of weights looks at, about."""
+AT_ONCE = 64
+"""Of those, how many at a time: they are far apart, and a parameter may be in a file."""
 
 
 def permanent(model: nn.Module) -> nn.Module:
@@ -81,9 +83,9 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
         digest.update(f"{name} {tensor.dtype}".encode())
-        if not tensor.is_meta and tensor.numel():
-            numbers = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)]
-            digest.update(numbers.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        step = max(1, tensor.numel() // SAMPLED)
+        for part in () if tensor.is_meta else tensor.detach().flatten().split(step * AT_ONCE):
+            digest.update(part[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
