@@ -85,7 +85,8 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype}".encode())
         step = max(1, tensor.numel() // SAMPLED)
         for part in () if tensor.is_meta else tensor.detach().flatten().split(step * AT_ONCE):
-            digest.update(part[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            numbers = part[::step].clone(memory_format=torch.contiguous_format)  # one number alone keeps its stride
+            digest.update(numbers.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

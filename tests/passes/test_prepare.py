@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fxslim
 from fxslim.errors import PlanError
-from fxslim.passes.prepare import fingerprint, permanent, settle
+from fxslim.passes.prepare import fingerprint, permanent, settle, weights_digest
 
 from architectures import ARCHITECTURES
 from stacks import Feed, Stack
@@ -131,3 +131,15 @@ def test_settling_works_in_place() -> None:
     settle(model)
     assert torch.equal(model.layers[0].down.weight, expected)
     assert isinstance(model.layers[0].down.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 1023, 1024, 3000, 64 * 3 * 5 + 1, 11445 * 64 * 16 + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_digest_of_weights_sees_numbers_of_every_size(size: int, dtype: torch.dtype) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.arange(size).to(dtype))
+    before = weights_digest(module)
+    assert weights_digest(module) == before
+    with torch.no_grad():
+        module.weight.add_(1).mul_(2)
+    assert (weights_digest(module) != before) == (size > 0)
