@@ -32,22 +32,25 @@ class AddMasks:
     def run(self, facts: Facts) -> Facts:
         """Turn."""
         draft = facts.get(Draft).copied()
-        attentions = draft.graph.find_nodes(op="call_function", target=ATTENTION)
-        if not attentions:
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for node in draft.graph.find_nodes(op="call_function", target=ATTENTION):
+            if isinstance(mask := argument(node, 3, "attn_mask"), fx.Node):
+                readers.setdefault(mask, []).append(node)
+        if all(len(nodes) == 1 for nodes in readers.values()):
             return facts
         dtypes: dict[fx.Node, set[torch.dtype]] = {}
         for values in observed(draft):
             for node, value in values.items():
                 dtypes.setdefault(node, set()).add(value.dtype)
-        readers: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
-        for node in attentions:
-            query, mask = argument(node, 0, "query"), argument(node, 3, "attn_mask")
-            if isinstance(query, fx.Node) and isinstance(mask, fx.Node) and dtypes.get(mask) == {torch.bool}:
-                for dtype in dtypes.get(query, ()):
-                    readers.setdefault((mask, dtype), []).append(node)
-        for (mask, dtype), nodes in readers.items():
-            if len(nodes) > 1 and all(dtypes[argument(node, 0, "query")] == {dtype} for node in nodes):
-                _add(draft.graph, mask, dtype, nodes)
+        for mask, nodes in readers.items():
+            queries: dict[torch.dtype, list[fx.Node]] = {}
+            for node in nodes if dtypes.get(mask) == {torch.bool} else ():
+                own = dtypes.get(argument(node, 0, "query"), set())
+                if len(own) == 1:
+                    queries.setdefault(next(iter(own)), []).append(node)
+            for dtype, same in queries.items():
+                if len(same) > 1:
+                    _add(draft.graph, mask, dtype, same)
         return facts.adding(draft.holding(draft.tensors))
 
 
