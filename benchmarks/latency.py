@@ -1,9 +1,9 @@
 """How much faster narrowed models are, against the ideal (MACs dense / MACs narrowed), and how fast they write.
 
 ``python -m benchmarks.latency`` times a BERT-base with half of the FFN and half of the heads (dense, narrowed module,
-compiled graph, optimized graph) over a grid of batches and lengths, then a small Llama with grouped queries that
-generates; everything side by side in one process. It writes ``benchmarks/results/latency.{json,md,png}``; with
-``--device cuda``, where models are larger and in bfloat16, ``latency-cuda.*``.
+compiled graph, optimized graph, and that prepacked) over a grid of batches and lengths, then a small Llama with grouped
+queries that generates; everything side by side in one process. It writes ``benchmarks/results/latency.{json,md,png}``;
+with ``--device cuda``, where models are larger and in bfloat16, ``latency-cuda.*``.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def bert(device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[st
     graph = fxslim.compile(dense, plan=small.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()}))
     ids = torch.arange(1000, 1016, device=device)[None]
     models = {"dense": dense, "module": small, "graph": graph, "optimized": fxslim.optimize(graph)}
+    if device == "cpu":
+        models["prepacked"] = fxslim.optimize(graph, prepack=True)
     return models, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

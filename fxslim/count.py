@@ -217,8 +217,11 @@ RULES: Mapping[Any, Rule] = {
 }
 """MACs by op (an ``OpOverloadPacket``, or a higher-order op)."""
 
-NAMED_RULES: Mapping[str, Rule] = {"transformers::grouped_mm_fallback": _grouped_mm}
-"""MACs by qualified name, for ops that other libraries register when they are imported."""
+NAMED_RULES: Mapping[str, Rule] = {
+    "transformers::grouped_mm_fallback": _grouped_mm,
+    "mkldnn::_linear_pointwise": _linear,
+}
+"""MACs by qualified name, for ops that other libraries register when they are imported, or not every torch has."""
 
 
 def _rule(target: object) -> Rule | None:

@@ -18,6 +18,7 @@ from fxslim.passes.inference.masks import AddMasks
 from fxslim.passes.inference.neutral import DropNeutral
 from fxslim.passes.inference.once import ComputeOnce
 from fxslim.passes.inference.optimized import OptimizedModule, emitted, through_inductor
+from fxslim.passes.inference.prepack import SMALL, Prepack
 from fxslim.passes.paths import Path
 from fxslim.passes.pipelines import Vary, varied
 from fxslim.passes.regional import is_regional
@@ -28,7 +29,9 @@ from fxslim.program import Program
 OPTIMIZE: tuple[Pass, ...] = (FoldConstants(), DropNeutral(), ComputeOnce(), AddMasks(), FuseLinears())
 
 
-def optimize(graph: nn.Module, *, inductor: bool = False, observer: Observer | None = None) -> OptimizedModule:
+def optimize(
+    graph: nn.Module, *, prepack: bool = False, inductor: bool = False, observer: Observer | None = None
+) -> OptimizedModule:
     """Return a faster graph that computes the same, for inference in one dtype on one device.
 
     What is computed of parameters alone is computed once, dropout and copies go, equal operations run once, masks are
@@ -39,15 +42,20 @@ def optimize(graph: nn.Module, *, inductor: bool = False, observer: Observer | N
 
     Args:
         graph: what `compile` returned. It is not changed.
+        prepack: lay weights of more than 2^18 numbers out in memory as oneDNN multiplies them on this CPU. It pays at 4
+            to 64 rows (batch x length); a single row takes longer. The result is for this process: it can be copied,
+            and neither exported nor saved. Weights that the graph reads twice (a head that is tied to embeddings) stay.
         inductor: let ``torch.compile`` generate code for what is left, with sizes open; that takes its time at the
             first calls, and a C++ compiler on a CPU.
         observer: called after every pass.
 
     Raises:
-        InputError: this is no compiled graph.
+        InputError: this is no compiled graph, or the options do not go together.
         UnsupportedModelError: the graph consists of several, or is on ``meta``; or what was made of it computes
-            something else.
+            something else; or there is nothing to prepack.
     """
+    if prepack and inductor:
+        raise InputError("prepack=True and inductor=True do not go together: inductor makes products of its own.")
     if is_regional(graph):
         raise UnsupportedModelError(
             f"{type(graph).__name__} was traced in regions: it is a module with several graphs inside, and optimize "
@@ -64,9 +72,14 @@ def optimize(graph: nn.Module, *, inductor: bool = False, observer: Observer | N
         raise UnsupportedModelError("the graph is on meta: constants cannot be computed without weights.")
     ways = _ways(graph)
     leaves = tuple(tuple(graph._caller.bind(way.inputs, {})) for way in ways)
-    pipeline = Pipeline(OPTIMIZE, given=(Draft,))
+    pipeline = Pipeline((*OPTIMIZE, Prepack()) if prepack else OPTIMIZE, given=(Draft,))
     facts = pipeline.run(drafted(graph, leaves), observers=() if observer is None else (observer,))
     made = emitted(facts.get(Draft), graph)
+    if prepack and not made.packed:
+        raise UnsupportedModelError(
+            f"there is nothing to prepack: no product on a CPU whose weight has more than {SMALL} numbers, is read "
+            "once, and is in a dtype that oneDNN multiplies there. Optimize without prepack=True."
+        )
     made = through_inductor(made) if inductor else made
     _compare(graph, made, ways)
     return made

@@ -21,6 +21,7 @@ import fxslim
 from fxslim.cli.export import To
 from fxslim.errors import ExportError, InputError, TraceError
 from fxslim.export import FORMATS, format, onnx
+from fxslim.passes.inference import prepack
 from fxslim.passes.inference.optimized import through_inductor
 
 from agreement import plain_kernels, random_keep, random_plan, same_state, state
@@ -147,11 +148,17 @@ def test_an_optimized_graph_is_written_as_any_other(name: str, tmp_path: Path) -
         check(want, in_onnxruntime(tmp_path / "onnx" / "model.onnx", inputs))
 
 
-def test_what_inductor_makes_of_a_graph_is_refused(tmp_path: Path) -> None:
+def test_what_is_made_for_this_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = small_module()
     fast = through_inductor(fxslim.optimize(fxslim.compile(model, rows, ffn=0.5)))
     with pytest.raises(TraceError, match=r"Export the graph itself, or what fxslim\.optimize returns without inductor"):
         fxslim.export(fast, tmp_path / "out", to="pt2", example_inputs=rows)
+    if torch.float32 not in prepack.dtypes():
+        return
+    monkeypatch.setattr(prepack, "SMALL", 0)
+    packed = fxslim.optimize(fxslim.compile(model, rows, ffn=0.5), prepack=True)
+    with pytest.raises(TraceError, match=r"prepacked weights are for this machine.*without.*prepack=True"):
+        fxslim.export(packed, tmp_path / "out", to="pt2", example_inputs=rows)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fxslim
+from fxslim import count
 from fxslim.errors import InputError, UnsupportedModelError
 from fxslim.passes.emit import CompiledModule
+from fxslim.passes.inference import prepack
 from fxslim.passes.inference.fold import SMALL
 from fxslim.passes.paths import tensors_of
 from fxslim.pipeline import Facts, Pass
@@ -305,6 +307,71 @@ def test_a_pass_that_changes_results_is_found_and_the_graph_stays() -> None:
     ):
         fxslim.optimize(graph, observer=_spoiled(1.01))
     assert torch.equal(graph(x), before)
+
+
+PACKED = {"bert": 9, "gpt2": 8, "llama_gqa": 9, "bart": 22, "t5": 22, "vit_classify": 9}
+"""Products with a packed weight: heads that are tied to embeddings stay."""
+needs_onednn = pytest.mark.skipif(torch.float32 not in prepack.dtypes(), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", JOINED)
+def test_prepacked_weights_compute_the_same_at_every_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack, "SMALL", 0)
+    graph = compiled(name, torch.float32)
+    state = {key: value.clone() for key, value in graph.state_dict().items()}
+    made = fxslim.optimize(graph, prepack=True)
+    packed = [node for node in made.graph.nodes if node.target is torch.ops.mkldnn._linear_pointwise.default]
+    assert len(packed) == len(made.packed) == PACKED[name]
+    assert count.parameters(made) == count.parameters(fxslim.optimize(graph))
+    for batch, length in ((1, 5), (4, 12)):
+        inputs = CASES[name].inputs(batch, length, seed=3, dtype=torch.float32)
+        agree(graph, made, inputs)
+    agree(made, copied := copy.deepcopy(made), inputs)
+    assert not {*map(id, copied.packed)} & {*map(id, made.packed)}
+    assert made.float() is made
+    agree(graph, made, inputs)
+    with pytest.raises(UnsupportedModelError, match="stays in"):
+        made.double()
+    assert all(torch.equal(value, state[key]) for key, value in graph.state_dict().items())
+
+
+@needs_onednn
+def test_prepacked_weights_are_counted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack, "SMALL", 0)
+    graph = compiled("bert", torch.float32)
+    forms = {"fast": fxslim.optimize(graph), "packed": fxslim.optimize(graph, prepack=True)}
+    found = fxslim.benchmark(forms, CASES["bert"].inputs(2, 6), max_seconds=0.2)
+    (point,) = found.points
+    assert point.macs["fast"] == point.macs["packed"] > 0
+
+
+@needs_onednn
+def test_small_and_shared_weights_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, _ = _plain()
+    for match, own in (("nothing to prepack", graph), ("nothing to prepack.*oneDNN", compiled("bert", torch.float32))):
+        with pytest.raises(UnsupportedModelError, match=match):
+            fxslim.optimize(own, prepack=True)
+    monkeypatch.setattr(prepack, "SMALL", 0)
+    with pytest.raises(UnsupportedModelError, match="nothing to prepack"):  # float64
+        fxslim.optimize(graph, prepack=True)
+    with pytest.raises(InputError, match="do not go together"):
+        fxslim.optimize(graph, prepack=True, inductor=True)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.up, self.down = nn.Embedding(7, 4), nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.down(torch.relu(self.up(self.words(ids))))
+            return y @ self.words.weight.T
+
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    tied = fxslim.compile(Tied().eval(), ids)
+    made = fxslim.optimize(tied, prepack=True)
+    assert len(made.packed) == 2
+    agree(tied, made, {"ids": ids})
 
 
 @pytest.mark.slow

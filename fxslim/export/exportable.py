@@ -106,10 +106,12 @@ def exportable(model: nn.Module, example_inputs: Any, *, dynamic: bool) -> Expor
             "holds those. Export the parts that can be traced by themselves."
         )
     if isinstance(model, CompiledModule):
-        if any(part._compiled_call_impl is not None for part in model.modules()):
+        inductors = any(part._compiled_call_impl is not None for part in model.modules())
+        if inductors or any(own.is_mkldnn for own in model.parameters()):
+            made = "code of inductor is" if inductors else "prepacked weights are"
             raise TraceError(
-                "what inductor makes of a graph is code for this machine, which no format holds. Export the graph "
-                "itself, or what fxslim.optimize returns without inductor=True."
+                f"{made} for this machine alone, and no format holds that. Export the graph itself, or what "
+                "fxslim.optimize returns without inductor=True and prepack=True."
             )
         module = _around(model)
         candidates = (model.example,) if example_inputs is None else bind(model, example_inputs)

@@ -44,7 +44,7 @@ class _Living(TorchDispatchMode):
         given = {_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and _key(leaf) not in given | self.known:
+            if isinstance(leaf, Tensor) and not leaf.is_mkldnn and _key(leaf) not in given | self.known:
                 self._add(leaf)
         return result
 
@@ -61,4 +61,4 @@ class _Living(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return id(tensor) if tensor.is_mkldnn else int(tensor.untyped_storage()._cdata)  # oneDNN keeps its memory itself

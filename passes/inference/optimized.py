@@ -26,8 +26,15 @@ class OptimizedModule(CompiledModule):
 
     _dtypes: frozenset[torch.dtype]
 
+    @property
+    def packed(self) -> tuple[nn.Parameter, ...]:
+        """Return the weights that lie in memory as oneDNN multiplies them; what else reads them fails."""
+        return tuple(own for own in self.parameters() if own.is_mkldnn)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
-        """Copy, and compile again what is compiled: torch leaves that out."""
+        """Copy, and compile again what is compiled: torch leaves that out. Packed tensors it does not copy."""
+        for own in self.packed:
+            memo.setdefault(id(own), nn.Parameter(own.detach().clone(), requires_grad=False))
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, OptimizedModule)
         copied._dtypes = self._dtypes
