@@ -33,8 +33,8 @@ class OptimizedModule(CompiledModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         """Copy, and compile again what is compiled: torch leaves that out. Packed tensors it does not copy."""
-        for own in self.packed:
-            memo.setdefault(id(own), nn.Parameter(own.detach().clone(), requires_grad=False))
+        for weight in self.packed:
+            memo.setdefault(id(weight), nn.Parameter(weight.detach().clone(), requires_grad=False))
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, OptimizedModule)
         copied._dtypes = self._dtypes
