@@ -1,9 +1,10 @@
 """How much faster narrowed models are, against the ideal (MACs dense / MACs narrowed), and how fast they write.
 
 ``python -m benchmarks.latency`` times a BERT-base with half of the FFN and half of the heads (dense, narrowed module,
-compiled graph, optimized graph, and that prepacked) over a grid of batches and lengths, then a small Llama with grouped
-queries that generates; everything side by side in one process. It writes ``benchmarks/results/latency.{json,md,png}``;
-with ``--device cuda``, where models are larger and in bfloat16, ``latency-cuda.*``.
+compiled graph, optimized graph, and that prepacked, which helps a dense model, too) over a grid of batches and lengths,
+then a small Llama with grouped queries that generates; everything side by side in one process. It writes
+``benchmarks/results/latency.{json,md,png}``; with ``--device cuda``, where models are larger and in bfloat16,
+``latency-cuda.*``.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def bert(device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[st
     models = {"dense": dense, "module": small, "graph": graph, "optimized": fxslim.optimize(graph)}
     if device == "cpu":
         models["prepacked"] = fxslim.optimize(graph, prepack=True)
+        models["dense, prepacked"] = fxslim.optimize(fxslim.compile(dense), prepack=True)
     return models, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -87,7 +89,7 @@ def compared(point: Point, dense: str) -> Iterator[tuple[Any, ...]]:
         if sample.name == dense:
             yield (*start, *[""] * 6)
             continue
-        ideal, speed = point.macs[dense] / point.macs["module"], sample.speedup
+        ideal, speed = point.macs[dense] / point.macs[sample.name], sample.speedup
         pairs = zip(point.timing["module"].seconds, sample.seconds, strict=True)
         over = timer.estimate_median([module / own for module, own in pairs])
         yield (*start, f"{speed.value:.3f}", interval(speed), f"{ideal:.3f}", f"{speed.value / ideal:.3f}",

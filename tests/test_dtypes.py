@@ -156,3 +156,29 @@ def test_limits_follow_where_no_dtype_is_named() -> None:
     module = fxslim.slim(model, (X, mask), plan=graph.fxslim.plan)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         assert same(graph.to(dtype)(X.to(dtype), mask), module.to(dtype)(X.to(dtype), mask))
+
+
+class _CastsByItself(nn.Module):
+    """Float32 around a part in bfloat16 to which it casts, so that no float32 copy runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8).bfloat16()
+        self.further, self.back = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(torch.relu(self.up(x)).bfloat16()).float()
+        found: torch.Tensor = self.back(torch.relu(self.further(y)))
+        return found
+
+
+@pytest.mark.parametrize("entry", [fxslim.slim, fxslim.compile])
+def test_a_model_that_casts_by_itself_is_verified_in_its_own_dtypes(entry: Any) -> None:
+    torch.manual_seed(0)
+    model, x = _CastsByItself().eval(), torch.randn(2, 5, 8)
+    small = entry(model, x, ffn=0.5)
+    weight = small.get_parameter("down.weight")
+    assert (weight.shape, weight.dtype) == ((8, 8), torch.bfloat16)
+    with torch.no_grad(), fxslim.masked(model, small.fxslim.plan):
+        expected = model(x)
+    assert torch.allclose(small(x), expected, atol=0.01 * float(expected.abs().max()))
