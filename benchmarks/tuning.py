@@ -28,7 +28,9 @@ POOL = 50
 SHARPNESS = 20.0
 """By what CoSENT multiplies differences of cosines."""
 MORE = 32
-"""Pairs of a batch that have no score: sentences of other data, about which the teacher alone says something."""
+"""Pairs of a batch that have no score: about them the teacher alone says something."""
+NEAR, CHANGED, FOREIGN = 8, 0.3, 8000
+"""Of how many near words one is drawn, which part of a sentence changes, how many sentences of other data there are."""
 
 Inputs = dict[str, Tensor]
 
@@ -70,8 +72,8 @@ class Phrases:
     headline = "dev"
     logits = 1.0
     """How much what the teacher says counts."""
-    hidden = 0.0
-    """The same of its hidden states, once masks have reached their target."""
+    once_narrowed: Mapping[str, float] = {}
+    """Weights of `fxslim.Distillation` that are others once a model is narrowed."""
 
     def __init__(self, data: Path, subset: int | None = None) -> None:
         from transformers import AutoTokenizer
@@ -201,7 +203,8 @@ class Sentences:
     key, name, unit = "stsb", "STS-B", "Spearman x 100"
     splits = ("dev", "test")
     headline = "test"
-    logits = hidden = 10.0
+    logits = 10.0
+    once_narrowed: Mapping[str, float] = {"task": 0.1, "hidden": 10.0}  # hidden states mislead scores
 
     def __init__(self, data: Path, subset: int | None = None) -> None:
         from transformers import AutoTokenizer
@@ -219,14 +222,43 @@ class Sentences:
 
     @cached_property
     def others(self) -> list[list[int]]:
-        """Return sentences of other data in the same folder, without labels, the shortest ones first."""
+        """Return sentences without a score, the shortest ones first; two in a row are a pair.
+
+        They are the data's own ones with some words changed for near ones (TinyBERT, Jiao et al., 2020, section 4.1,
+        where a word is near by its embedding), halves of two of them, changed less, and sentences of other data in the
+        same folder.
+        """
         texts = set()
         for path in (self.data / "sst2" / "train.tsv", self.data / "wikitext2" / "valid.txt"):
             for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
                 plain = line.partition("\t")[2] if path.suffix == ".tsv" else line
                 texts |= {one.strip() for one in plain.split(" . ") if 5 <= len(one.split()) <= 40}
-        made: list[list[int]] = self.tokenizer(sorted(texts))["input_ids"] if texts else []
+        drawn = self.draw.sample(sorted(texts), min(FOREIGN, len(texts)))
+        made: list[list[int]] = self.tokenizer(drawn)["input_ids"] if drawn else []
+        own = sorted({tuple(ids) for ids in self.ids}, key=lambda ids: (len(ids), ids))
+        near = self._near(sorted({token for ids in own for token in ids}))
+
+        def changed(ids: Sequence[int], part: float) -> list[int]:
+            return [self.draw.choice(near.get(one, [one])) if self.draw.random() < part else one for one in ids]
+
+        for place, ids in enumerate(own):
+            other = own[min(max(place + self.draw.randint(-200, 200), 0), len(own) - 1)]  # of about the same length
+            cut = self.draw.randint(1, max(len(ids) - 2, 1))
+            made += [changed(ids, CHANGED), changed([*ids[:cut], *other[min(cut, len(other) - 1) :]], CHANGED / 2)]
         return sorted(made, key=len)
+
+    def _near(self, tokens: Sequence[int]) -> dict[int, list[int]]:
+        """Return the tokens whose embeddings have the largest cosines with a token's; special tokens have none."""
+        words: Any = self.model()
+        table = functional.normalize(words.encoder.get_input_embeddings().weight.detach(), dim=-1)
+        names = self.tokenizer.convert_ids_to_tokens(list(range(len(table))))
+        special = torch.tensor([str(name).startswith("[") for name in names])
+        found = {}
+        for own in torch.tensor(tokens).split(512):
+            cosines = (table[own] @ table.T).masked_fill(special, -1)
+            cosines[range(len(own)), own] = -1
+            found.update(zip(own.tolist(), cosines.topk(min(NEAR, len(table))).indices.tolist(), strict=True))
+        return {token: near for token, near in found.items() if not special[token]}
 
     def model(self) -> nn.Module:
         """Return the model before any fine-tuning."""
@@ -258,10 +290,10 @@ class Sentences:
         """Add `MORE` pairs of other sentences, of about the same length, with NaN for a score."""
         own = batch["input_ids"].flatten(0, 1)
         ids = [row[real].tolist() for row, real in zip(own, batch["attention_mask"].flatten(0, 1).bool(), strict=True)]
-        last = bisect.bisect_right(self.others, own.shape[-1], key=len)
-        if last < 2 * MORE:
+        last = bisect.bisect_right(self.others, own.shape[-1], key=len) // 2 - MORE
+        if last < 0:
             return batch
-        start = self.draw.randint(0, last - 2 * MORE)
+        start = 2 * self.draw.randint(max(last - len(self.others) // 20, 0), last)
         padded = self.tokenizer.pad({"input_ids": ids + self.others[start : start + 2 * MORE]}, return_tensors="pt")
         made = {name: padded[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
         return {**made, "labels": torch.cat([batch["labels"], torch.full((MORE,), torch.nan)])}
@@ -282,33 +314,45 @@ class Sentences:
 
 
 class Remembered(nn.Module):
-    """The dense model as a teacher that is asked once about every row.
+    """The dense model as a teacher that is asked once about every row; hidden states are kept in half precision.
 
     Args:
-        model: returns ``logits``, row by row.
+        model: returns ``logits``, row by row, and ``hidden_states`` where they are asked for.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.known: dict[bytes, Tensor] = {}
+        self.known: dict[tuple[bool, bytes], tuple[Tensor, ...]] = {}
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool = False
     ) -> Mapping[str, Any]:
-        """Return logits.  (B, …) With hidden states, which would fill the memory, the model is asked every time."""
-        if output_hidden_states:
-            found: Mapping[str, Any] = self.model(input_ids, attention_mask, output_hidden_states=True)
-            return found
+        """Return logits (B, …) and, where they are asked for, hidden states (B, …, S, D), zero where padding ends."""
         mask = attention_mask.bool()
         keys = [
-            ids[real].numpy().tobytes() + bytes(real.reshape(-1, real.shape[-1]).sum(-1).tolist())
+            (
+                output_hidden_states,
+                ids[real].numpy().tobytes() + bytes(real.reshape(-1, real.shape[-1]).sum(-1).tolist()),
+            )
             for ids, real in zip(input_ids, mask, strict=True)
         ]
-        if any(key not in self.known for key in keys):
-            made = self.model(input_ids=input_ids, attention_mask=attention_mask)["logits"]
-            self.known.update(zip(keys, made.detach().clone(), strict=True))
-        return {"logits": torch.stack([self.known[key] for key in keys])}
+        missing = [i for i, key in enumerate(keys) if key not in self.known]
+        if missing:
+            asked = {"output_hidden_states": True} if output_hidden_states else {}
+            made = self.model(input_ids=input_ids[missing], attention_mask=attention_mask[missing], **asked)
+            for row, i in enumerate(missing):
+                length = int(mask[i].sum(-1).max())
+                states = [state[row, ..., :length, :].half() for state in made.get("hidden_states") or () if asked]
+                self.known[keys[i]] = (made["logits"][row].detach().clone(), *(own.clone() for own in states))
+        logits, *states = zip(*(self.known[key] for key in keys), strict=True)
+        found: dict[str, Any] = {"logits": torch.stack(logits)}
+        if states:
+            size = attention_mask.shape[-1]
+            found["hidden_states"] = tuple(
+                torch.stack([functional.pad(own, (0, 0, 0, size - own.shape[-2])) for own in state]) for state in states
+            )
+        return found
 
 
 def train(
@@ -374,17 +418,25 @@ def train(
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if narrow and pruner is not None and pruner.settled:
             pruner.finish()
-            model = fxslim.slim(model.eval(), task.example()).train()
+            model = undropped(fxslim.slim(model.eval(), task.example())).train()
             optimizer, narrow = adamw(model), False
             asked, pruner = pruner.config.teaching, None
-            if asked is not None:  # hidden states mislead scores, and there are none any more
-                wanted = dataclasses.replace(asked, hidden=task.hidden)
+            if asked is not None:
+                wanted = dataclasses.replace(asked, **task.once_narrowed)
                 teaching = Teaching(model, wanted, (pruning or {}).get("teacher"))
     if pruner is not None:
         pruner.finish()
     if teaching is not None:
         teaching.release()
     return model.eval()
+
+
+def undropped(model: nn.Module) -> nn.Module:
+    """Let a model drop nothing: what is left of one has no more room than it needs."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -58,25 +58,59 @@ def test_the_loss_of_pairs_counts_every_pair_in_the_wrong_order() -> None:
     )
 
 
-def test_sentences_of_other_data_are_added_without_a_score(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentences_without_a_score_are_added(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "MORE", 2)
+    monkeypatch.setattr(tuning, "NEAR", 3)
     task = Sentences(data)
-    assert not task.others  # phrases of the small data are too short
-    assert task.more(task.batch([0, 1])).keys() == task.batch([0, 1]).keys()
     lines = [f"1\ta {word} dog sat {word}" for word in WORDS[:-1]]
     (data / "sst2" / "train.tsv").write_text("\n".join(["label\tsentence", *lines]), encoding="utf-8")
-    del task.others
-    known = {tuple(task.tokenizer(line[2:])["input_ids"]) for line in lines}
-    assert {tuple(ids) for ids in task.others} == known
+    foreign = {tuple(task.tokenizer(line[2:])["input_ids"]) for line in lines}
+    own = {tuple(ids) for ids in task.ids}
+    others = [tuple(ids) for ids in task.others]
+    assert foreign <= {*others}
+    assert len(others) == len(foreign) + 2 * len(own)
+    assert [*map(len, others)] == sorted(map(len, others))
+    first, last = task.tokenizer.cls_token_id, task.tokenizer.sep_token_id
+    assert all((ids[0], ids[-1]) == (first, last) and not {first, last} & {*ids[1:-1]} for ids in others)
+    assert {len(ids) for ids in others} <= {len(ids) for ids in foreign | own}
+    assert {*others} - foreign - own
     batch = task.batch([0, 3])
     found = task.more(batch)
     assert found["labels"][:2].tolist() == batch["labels"].tolist()
     assert found["labels"][2:].isnan().tolist() == [True, True]
     assert found["input_ids"].shape[:2] == (4, 2)
-    for ids, real in zip(found["input_ids"][2:].flatten(0, 1), found["attention_mask"][2:].flatten(0, 1), strict=True):
-        assert tuple(ids[real.bool()].tolist()) in known
+    pairs = {(others[i], others[i + 1]) for i in range(0, len(others), 2)}
+    for both, mask in zip(found["input_ids"][2:], found["attention_mask"][2:].bool(), strict=True):
+        assert tuple(tuple(ids[real].tolist()) for ids, real in zip(both, mask, strict=True)) in pairs
     width = batch["input_ids"].shape[-1]
     assert torch.equal(found["input_ids"][:2, :, :width], batch["input_ids"])
+
+
+def test_near_words_are_those_of_the_largest_cosines(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "NEAR", 4)
+    task = Sentences(data)
+    model: Any = task.model()
+    table = model.encoder.get_input_embeddings().weight.detach().double()
+    found = task._near([2, 5, 9])
+    assert found.keys() == {5, 9}  # 2 is [CLS]
+    for token, near in found.items():
+        cosines = {i: float(torch.cosine_similarity(table[token], table[i], dim=0)) for i in range(5, len(table))}
+        assert near == sorted(cosines.keys() - {token}, key=lambda i: -cosines[i])[:4]
+
+
+def test_a_teacher_remembers_hidden_states(data: Path) -> None:
+    task = Sentences(data)
+    model = task.model()
+    teacher = Remembered(copy.deepcopy(model))
+    for rows in ([0, 1, 2, 3], [3, 2, 9]):
+        batch = {k: v for k, v in task.batch(rows).items() if k != "labels"}
+        with torch.no_grad():
+            want, got = (own(**batch, output_hidden_states=True) for own in (model, teacher))
+        real = batch["attention_mask"].bool()
+        assert len(want["hidden_states"]) == len(got["hidden_states"]) == 3
+        for mine, theirs in zip(want["hidden_states"], got["hidden_states"], strict=True):
+            assert torch.allclose(mine[real], theirs[real].float(), atol=2e-3 * float(mine.abs().max()))
+        assert torch.allclose(want["logits"], got["logits"], atol=1e-5)
 
 
 def test_a_round_holds_every_row_once_with_lengths_together() -> None:
