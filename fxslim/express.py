@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from fxslim.bounded import bounded
 from fxslim.errors import PlanError
-from fxslim.plan import Plan, units_by_group
+from fxslim.plan import Plan
 from fxslim.report import Plain
 from fxslim.sharing import evaluating
+from fxslim.site import units_by_group
 
 TRIES = 256
 """Most sets of fields that are tried."""

@@ -11,7 +11,8 @@ from typing import Any
 import networkx as nx
 
 from fxslim.analysis import Analysis
-from fxslim.plan import Note, Plan, Site
+from fxslim.plan import Note, Plan
+from fxslim.site import Site
 from fxslim.tables import Shown, Table
 
 

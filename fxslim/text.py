@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from fxslim.labels import Components
-from fxslim.plan import Block, Site, Slice, blocks_of
 from fxslim.program import Program, shape_of
+from fxslim.site import Block, Site, Slice, blocks_of
 
 
 def site_lines(sites: Iterable[Site]) -> list[str]:

@@ -27,10 +27,11 @@ from fxslim.passes.prepare import fingerprint
 from fxslim.passes.rewrite import example_macs_graph, rewrite
 from fxslim.passes.sites import Sites
 from fxslim.pipeline import Facts, Pipeline
-from fxslim.plan import Note, Plan, Site, SitePlan
+from fxslim.plan import Note, Plan
 from fxslim.program import Program
 from fxslim.report import Fit, Reached
 from fxslim.sharing import share
+from fxslim.site import Site, SitePlan
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 
 from fxslim.errors import InputError, RequestError
 from fxslim.passes.folding.foldable import Still
-from fxslim.plan import Fold, Note, Site, SitePlan, Slice, units_by_group
+from fxslim.plan import Note
+from fxslim.site import Fold, Site, SitePlan, Slice, units_by_group
 
 FFN = ("ffn", "gated_ffn")
 FRACTIONS = ("ffn", "heads", "kv_groups", "experts", "value")

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from fxslim.edit import AnyEdit, AttentionEdit, ConfigEdit, GatherEdit
 from fxslim.multihead import is_narrowable
 from fxslim.passes.heads import head_edits
 from fxslim.passes.spreads import can_spread, spread_edits
 from fxslim.passes.trial import Edited, Trial
 from fxslim.passes.watch import Watch
-from fxslim.plan import AnyEdit, AttentionEdit, ConfigEdit, GatherEdit, Plan, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import SitePlan
 
 Looks = tuple[Any, ...]
 """What modules have in common that need the same edits."""

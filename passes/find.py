@@ -21,8 +21,8 @@ from fxslim.passes.resize import check
 from fxslim.passes.rules.contraction import GROUPED, PICKS
 from fxslim.passes.rules.movement import COPIES, MOVES
 from fxslim.passes.rules.walk import Use
-from fxslim.plan import Slice, blocks_of
 from fxslim.program import Program, module_path, shape_of
+from fxslim.site import Slice, blocks_of
 
 DRAWS = (0.0, 0.5)
 """Fractions (at least one unit) of the random removals that a constraint has to survive before a site is published."""

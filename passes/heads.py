@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
+from fxslim.edit import MultiheadEdit
 from fxslim.multihead import is_narrowable
-from fxslim.plan import MultiheadEdit, Plan, SitePlan
+from fxslim.plan import Plan
 from fxslim.program import named_tensors
+from fxslim.site import SitePlan
 
 PACKED = (("in_proj_weight", 0), ("in_proj_bias", 0))
 """Tensors with the rows of queries, keys and values after one another."""

@@ -21,8 +21,9 @@ from fxslim.passes.rules.contraction import GROUPED
 from fxslim.passes.rules.movement import COPIES, MOVES, SPLITS
 from fxslim.passes.rules.pointwise import LIKE_POINTWISE, is_pointwise
 from fxslim.passes.rules.walk import parameter
-from fxslim.plan import MAX_UNITS, Slice, blocks_of
 from fxslim.program import Program, shape_of
+from fxslim.record import MAX_UNITS
+from fxslim.site import Slice, blocks_of
 from fxslim.spelling import letters_of
 
 SHAPES = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze",

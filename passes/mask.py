@@ -15,8 +15,9 @@ from fxslim.passes.folding.fold import fills, folded
 from fxslim.passes.narrow import check_fits
 from fxslim.passes.routing import Routing, routers
 from fxslim.passes.rows import clear
-from fxslim.plan import Plan, SitePlan, leads
+from fxslim.plan import Plan
 from fxslim.program import named_tensors
+from fxslim.site import SitePlan, leads
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from fxslim.passes.annotate import Labels, operation
 from fxslim.passes.cut import Cut
 from fxslim.passes.rows import cleared
 from fxslim.passes.rules.walk import Use
-from fxslim.plan import SitePlan
 from fxslim.program import Program
+from fxslim.site import SitePlan
 
 
 @dataclass(frozen=True)

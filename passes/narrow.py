@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxslim.edit import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit, SpreadEdit
 from fxslim.errors import PlanError
 from fxslim.express import set_fields
 from fxslim.gather import Gather, gather_in_attention
@@ -17,19 +18,9 @@ from fxslim.multihead import is_narrowable, keep_heads
 from fxslim.overlay import overlay, underlying
 from fxslim.passes.folding.fold import check_fold, folded
 from fxslim.passes.rows import Rows, columns
-from fxslim.plan import (
-    AnyEdit,
-    AttentionEdit,
-    AttributeEdit,
-    ConfigEdit,
-    GatherEdit,
-    MultiheadEdit,
-    Plan,
-    SpreadEdit,
-    leads,
-    removed_rows,
-)
+from fxslim.plan import Plan
 from fxslim.program import forward_parameters, named_tensors
+from fxslim.site import leads, removed_rows
 from fxslim.spread import CONVOLUTIONS, Pick, Spread
 
 SIZE_ATTRIBUTES = {

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fxslim.plan import Note, Plan, Site, SitePlan, units_by_group
+from fxslim.plan import Note, Plan
+from fxslim.site import Site, SitePlan, units_by_group
 
 
 def padded(plan: Plan, sites: Mapping[str, Site]) -> Plan:

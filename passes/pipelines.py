@@ -14,6 +14,7 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
+from fxslim.edit import SpreadEdit
 from fxslim.errors import NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
 from fxslim.inputs import BATCH, LENGTH, bind, countable, fresh
 from fxslim.labels import Value
@@ -40,11 +41,12 @@ from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.passes.verify import Reference, compare, refer
 from fxslim.passes.watch import Watch, watching
 from fxslim.pipeline import Facts, Pass, Pipeline
-from fxslim.plan import Note, Plan, SitePlan, SpreadEdit, removed_rows
+from fxslim.plan import Note, Plan
 from fxslim.program import Program, is_symbolic
 from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
 from fxslim.sharing import refuse, share
+from fxslim.site import SitePlan, removed_rows
 from fxslim.trace import trace
 
 MASKS = frozenset({"attention_mask", "decoder_attention_mask"})

@@ -21,8 +21,8 @@ from fxslim.passes.resize import RESIZES, Scaled, moves, resized, take
 from fxslim.passes.rows import cleared, without
 from fxslim.passes.rules.pointwise import joins
 from fxslim.passes.rules.walk import Use, concrete, parameter
-from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program, is_symbolic
+from fxslim.site import SitePlan, leads, removed_rows
 from fxslim.spelling import letters_of
 
 aten = torch.ops.aten

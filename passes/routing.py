@@ -11,7 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxslim.plan import Plan, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import SitePlan
 
 COMPETE = ("softmax", "topk", "sort", "argsort", "max", "amax")
 CASTS = ("to", "type", "float", "double", "half", "bfloat16", "contiguous", "detach", "clone", "type_as")

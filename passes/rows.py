@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fxslim.errors import PlanError
-from fxslim.plan import SitePlan
+from fxslim.site import SitePlan
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from fxslim.match import Match
 from fxslim.passes.annotate import Labels
 from fxslim.passes.find import Family, Found
 from fxslim.passes.name import Naming
-from fxslim.plan import Kind, Note, Site, Slice, blocks_of
+from fxslim.plan import Note
 from fxslim.program import Program, common_path, module_path
+from fxslim.site import Kind, Site, Slice, blocks_of
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from fxslim.plan import Plan, SitePlan, Slice, SpreadEdit
+from fxslim.edit import SpreadEdit
+from fxslim.plan import Plan
 from fxslim.program import named_tensors
+from fxslim.site import SitePlan, Slice
 from fxslim.spread import CONVOLUTIONS
 
 OUTPUT_DIM = {"in_features": 0, "in_channels": 0, "nx": 1}

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxslim.edit import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit
 from fxslim.passes.narrow import apply_edit, narrowed_copy
 from fxslim.passes.paths import tensors_of
 from fxslim.passes.verify import distance
 from fxslim.passes.watch import Recorded, Watch, private, shared_config
-from fxslim.plan import AnyEdit, AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, Plan, SitePlan
+from fxslim.plan import Plan
 from fxslim.program import forward_parameters
 from fxslim.sharing import share
+from fxslim.site import SitePlan
 
 MOST = 4
 """Largest number of integers that are changed together in one module."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxslim.passes.prepare import fingerprint, permanent
-from fxslim.plan import Plan, Site, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import Site, SitePlan
 
 EXACT = 1e-12
 """Largest relative difference of float64 models: rounding, in another order of summation."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fxslim
-from fxslim.plan import Plan, Site, Slice
+from fxslim.plan import Plan
+from fxslim.site import Site, Slice
 
 from oracle import Channel, disturb
 

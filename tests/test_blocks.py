@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxslim
-from fxslim.plan import removed_rows
+from fxslim.site import removed_rows
 
 import blocks
 import diffusion

@@ -34,8 +34,8 @@ from fxslim.passes.fitting.unseen import expect_unseen, weigh_unseen
 from fxslim.passes.masking import Masks, masks
 from fxslim.passes.pipelines import cut_of, inspecting, new_plan, subject
 from fxslim.passes.sites import Sites
-from fxslim.plan import SitePlan
 from fxslim.program import Program
+from fxslim.site import SitePlan
 from fxslim.timer import Estimate
 
 from agreement import difference, outputs

@@ -15,7 +15,8 @@ import fxslim
 from fxslim.errors import PlanError
 from fxslim.passes.narrow import replay
 from fxslim.passes.prepare import fingerprint
-from fxslim.plan import Plan, Site, SitePlan, units_by_group
+from fxslim.plan import Plan
+from fxslim.site import Site, SitePlan, units_by_group
 from fxslim.text import site_lines
 
 from agreement import difference, outputs, random_plan

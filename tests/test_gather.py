@@ -13,10 +13,11 @@ import transformers
 from torch import nn
 
 import fxslim
+from fxslim.edit import AttentionEdit, GatherEdit
 from fxslim.errors import PlanError
 from fxslim.gather import Gather
 from fxslim.passes.narrow import replay
-from fxslim.plan import AttentionEdit, GatherEdit, Plan
+from fxslim.plan import Plan
 
 from agreement import EXACT, INNER_FLOAT32, difference, outputs
 from architectures import BOS, HEADS, HIDDEN, LAYERS, PAD, POSITIONS, VOCAB, WIDTH, randomise

@@ -23,7 +23,8 @@ from fxslim.checkpoint.files import INDEX, WEIGHTS, read_shard, read_shards
 from fxslim.errors import FxslimError, InputError, PlanError, UnsupportedModelError
 from fxslim.express import check_fields, set_fields
 from fxslim.passes.narrow import replay
-from fxslim.plan import MAX_JSON, Fingerprint, Fold, Plan, Site, SitePlan, Slice, blocks_of
+from fxslim.plan import MAX_JSON, Fingerprint, Plan
+from fxslim.site import Fold, Site, SitePlan, Slice, blocks_of
 
 EACH = 50
 """Inputs that are made of one drawn number."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"labels", "tables"}),
-    frozenset({"program", "plan", "overlay", "gather", "multihead", "spread"}),
+    frozenset({"program", "record", "site", "edit", "plan", "overlay", "gather", "multihead", "spread"}),
     frozenset(
         {
             "functional",

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import fxslim
+from fxslim.edit import MultiheadEdit
 from fxslim.errors import InputError, PlanError, VerifyError
 from fxslim.multihead import NarrowedMultiheadAttention, keep_heads
 from fxslim.passes.edits import Edits, find_edits
 from fxslim.passes.heads import head_edits
 from fxslim.passes.narrow import replay
-from fxslim.plan import MultiheadEdit, Plan, Site, SitePlan, Slice, blocks_of
+from fxslim.plan import Plan
+from fxslim.site import Site, SitePlan, Slice, blocks_of
 
 from agreement import EXACT, difference, outputs, random_plan, same_state, state
 

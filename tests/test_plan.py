@@ -14,23 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fxslim.edit import AttentionEdit, AttributeEdit, ConfigEdit, GatherEdit, MultiheadEdit
 from fxslim.errors import PlanError
 from fxslim.passes.narrow import narrowed_copy
-from fxslim.plan import (
-    AttentionEdit,
-    AttributeEdit,
-    Block,
-    ConfigEdit,
-    Fingerprint,
-    GatherEdit,
-    MultiheadEdit,
-    Note,
-    Plan,
-    Site,
-    SitePlan,
-    Slice,
-    blocks_of,
-)
+from fxslim.plan import Fingerprint, Note, Plan
+from fxslim.site import Block, Site, SitePlan, Slice, blocks_of
 
 FREE = Site(
     name="mlp:ffn",

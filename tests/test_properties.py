@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxslim
-from fxslim.plan import Plan, Site, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import Site, SitePlan
 
 from stacks import ACTIVATIONS, Attend, Feed, Layer, Stack
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import fxslim
 from fxslim.errors import NarrowError, RequestError
 from fxslim.passes.narrow import replay
-from fxslim.plan import Plan, Site, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import Site, SitePlan
 from test_experts import D, Grouped, X, agree, given, seeded
 
 from agreement import difference, outputs, random_plan

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxslim.passes.annotate import annotate
-from fxslim.plan import Block, Site, Slice
+from fxslim.site import Block, Site, Slice
 from fxslim.tables import Table
 from fxslim.text import label_lines, program_lines, site_lines
 

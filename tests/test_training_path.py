@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 import fxslim
+from fxslim.edit import AttributeEdit
 from fxslim.passes.paths import Path, paths
 from fxslim.passes.training import drawing, training
-from fxslim.plan import AttributeEdit
 
 from agreement import EXACT, random_plan, same_state, state
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxslim.edit import AnyEdit, AttentionEdit, GatherEdit, MultiheadEdit, SpreadEdit
 from fxslim.errors import NarrowError, UnsupportedModelError
 from fxslim.hf.files import reading_whole
 from fxslim.passes.heads import head_edits
 from fxslim.passes.spreads import spread_edits
-from fxslim.plan import AnyEdit, AttentionEdit, GatherEdit, MultiheadEdit, Note, Plan, SitePlan, SpreadEdit
+from fxslim.plan import Note, Plan
 from fxslim.program import named_tensors
+from fxslim.site import SitePlan
 
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
 

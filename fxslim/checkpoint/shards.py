@@ -20,7 +20,8 @@ from fxslim.errors import InputError, UnsupportedModelError
 from fxslim.passes.folding.fold import folded
 from fxslim.passes.narrow import Change, changes
 from fxslim.passes.rows import Rows
-from fxslim.plan import Plan, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import SitePlan
 
 PIECE = 1 << 25
 """How many bytes of a tensor are read at once."""

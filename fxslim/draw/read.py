@@ -21,9 +21,10 @@ from fxslim.passes.cut import Cut
 from fxslim.passes.pipelines import CHECK_PLAN
 from fxslim.passes.sites import Sites
 from fxslim.pipeline import Pipeline
-from fxslim.plan import Note, Plan, Site, SitePlan
+from fxslim.plan import Note, Plan
 from fxslim.program import Program
 from fxslim.report import Inspection, Record, Report
+from fxslim.site import Site, SitePlan
 
 UNITS = {"attention": "heads", "experts": "experts"}
 """Kind of a site -> what its units are called; channels elsewhere."""

@@ -12,7 +12,8 @@ from fxslim.errors import InputError, RequestError
 from fxslim.inc.config import Wish
 from fxslim.inc.data import call, inputs_and_target, placed
 from fxslim.inc.translate import Finder, native
-from fxslim.plan import Note, units_by_group
+from fxslim.plan import Note
+from fxslim.site import units_by_group
 from fxslim.training.units import MaskedSite, MaskedUnits
 
 

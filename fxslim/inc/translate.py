@@ -15,8 +15,9 @@ from fxslim.errors import FxslimError, InputError, RequestError
 from fxslim.inc.config import Wish
 from fxslim.inc.data import example_of
 from fxslim.passes.choose import FFN, select
-from fxslim.plan import Note, Site
+from fxslim.plan import Note
 from fxslim.report import Inspection
+from fxslim.site import Site
 from fxslim.training.config import PruningConfig, WeightMasks
 from fxslim.training.patterns import Layer, layers
 from fxslim.training.schedule import Timeline

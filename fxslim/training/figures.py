@@ -13,9 +13,9 @@ from fxslim.passes.annotate import Labels
 from fxslim.passes.pipelines import Subject, cut_of
 from fxslim.passes.rewrite import example_macs_graph
 from fxslim.passes.sites import Sites
-from fxslim.plan import SitePlan, removed_rows
 from fxslim.program import Program
 from fxslim.report import Inspection
+from fxslim.site import SitePlan, removed_rows
 
 QUANTILES = (0.1, 0.5, 0.9)
 

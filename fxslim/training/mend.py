@@ -14,10 +14,11 @@ from fxslim.passes.fitting.fit import weighted
 from fxslim.passes.fitting.repair import repair
 from fxslim.passes.fitting.sequences import rows_of
 from fxslim.passes.fitting.subjects import subjects_of
-from fxslim.plan import Note, SitePlan
+from fxslim.plan import Note
 from fxslim.program import Program
 from fxslim.report import Inspection
 from fxslim.sharing import rebound
+from fxslim.site import SitePlan
 
 
 class Mending:

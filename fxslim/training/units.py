@@ -27,9 +27,10 @@ from fxslim.passes.choose import (
 )
 from fxslim.passes.rows import clear
 from fxslim.passes.sites import Sites
-from fxslim.plan import Note, Site, SitePlan, Slice, units_by_group
+from fxslim.plan import Note
 from fxslim.program import named_tensors
 from fxslim.report import Inspection
+from fxslim.site import Site, SitePlan, Slice, units_by_group
 from fxslim.training.config import UNITS, PruningConfig
 from fxslim.training.hooks import Hook, MaskedInput
 from fxslim.training.lowest import lowest_of_all

@@ -14,9 +14,9 @@ from scipy.sparse import csr_matrix
 from fxslim.errors import RequestError
 from fxslim.passes.fitting.latency import Latency
 from fxslim.passes.fitting.processes import agreed
-from fxslim.plan import SitePlan, leads, removed_rows
 from fxslim.program import Program
 from fxslim.report import Reached
+from fxslim.site import SitePlan, leads, removed_rows
 from fxslim.targets import Target
 
 MOST_LEVELS = 48

@@ -13,8 +13,8 @@ from fxslim.flow import LinearView
 from fxslim.passes.annotate import operation
 from fxslim.passes.steps import COPIES, RESHAPES, TRANSPOSES, name_of
 from fxslim.passes.views import CONVOLUTIONS, Views
-from fxslim.plan import Site, Slice
 from fxslim.program import Program, shape_of
+from fxslim.site import Site, Slice
 
 CARRIES = ("view", "reshape", "_unsafe_view", "dropout", "clone", "contiguous", "to", "_to_copy", "alias", "detach")
 """Operations that hand a sum of channels on as it is, to where it is added."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxslim.plan import Site, units_by_group
+from fxslim.site import Site, units_by_group
 
 
 @dataclass(frozen=True)

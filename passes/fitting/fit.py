@@ -26,9 +26,10 @@ from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.fitting.unseen import Masking, expect_unseen, weigh_unseen
 from fxslim.passes.masking import Masks
 from fxslim.passes.methods import WEIGHTS
-from fxslim.plan import Note, Site, SitePlan, units_by_group
+from fxslim.plan import Note
 from fxslim.program import Program
 from fxslim.report import Fit, Reached
+from fxslim.site import Site, SitePlan, units_by_group
 from fxslim.targets import Target
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fxslim.passes.fitting.processes import agreed
-from fxslim.plan import SitePlan
+from fxslim.site import SitePlan
 from fxslim.timer import Estimate, compare
 
 POINTS = (0.25, 0.5, 0.75, 1.0)

@@ -24,9 +24,9 @@ from fxslim.passes.fitting.swaps import swapped
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.masking import Masks
 from fxslim.passes.methods.obs import obs
-from fxslim.plan import SitePlan
 from fxslim.program import Program
 from fxslim.report import Fit
+from fxslim.site import SitePlan
 
 NOTHING = Masks()
 

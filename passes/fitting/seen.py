@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxslim.passes.fitting.consumers import Consumer
 from fxslim.passes.fitting.moments import Moments
-from fxslim.plan import Site
+from fxslim.site import Site
 
 
 @dataclass(frozen=True)

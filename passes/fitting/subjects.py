@@ -12,9 +12,10 @@ from torch import Tensor
 from fxslim.passes.fitting.consumers import Consumer, consumers, producers
 from fxslim.passes.fitting.curve import Curve
 from fxslim.passes.views import Views
-from fxslim.plan import Note, Site, SitePlan, units_by_group
+from fxslim.plan import Note
 from fxslim.program import Program
 from fxslim.report import Fit
+from fxslim.site import Site, SitePlan, units_by_group
 
 Chosen = Mapping[str, tuple[tuple[bool, int], ...]]
 """Site -> how many steps of which curves: of whole groups (True), then of single units (False)."""

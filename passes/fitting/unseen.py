@@ -18,8 +18,8 @@ from fxslim.passes.fitting.subjects import Subjects, choices
 from fxslim.passes.fitting.tape import Tape
 from fxslim.passes.masking import Masks
 from fxslim.passes.methods.magnitude import magnitude
-from fxslim.plan import SitePlan
 from fxslim.program import Program
+from fxslim.site import SitePlan
 
 Masking = Callable[[Sequence[SitePlan]], Masks | None]
 """Returns the masks of site plans; None where there is no place for one."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fxslim.errors import PlanError
-from fxslim.plan import Fold, SitePlan
+from fxslim.site import Fold, SitePlan
 
 
 def folded(tensors: Mapping[str, torch.Tensor], parts: Iterable[SitePlan]) -> dict[str, torch.Tensor]:

@@ -16,8 +16,8 @@ from fxslim.passes.folding.facts import CONSTANT, COPIES
 from fxslim.passes.folding.products import PADDING, pads
 from fxslim.passes.rules.movement import MOVES
 from fxslim.passes.rules.walk import Use, parameter
-from fxslim.plan import Fold, Site, Slice
 from fxslim.program import Program
+from fxslim.site import Fold, Site, Slice
 
 ZERO, FOLDABLE, BLOCKED, VARIES = 0, 1, 2, 1 << 30
 """Verdicts in ascending order; BLOCKED and above stand for reasons, by number. The worst row decides of its unit."""

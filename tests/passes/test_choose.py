@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxslim.errors import InputError, RequestError
 from fxslim.passes.choose import Choice, Request, choose, part_of, select
-from fxslim.plan import Site, Slice, blocks_of
+from fxslim.site import Site, Slice, blocks_of
 
 
 def _site(name: str, units: int, width: int = 1, groups: tuple[int, ...] | None = None, head: bool = False) -> Site:

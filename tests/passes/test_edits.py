@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxslim
-from fxslim.plan import AttributeEdit, ConfigEdit
+from fxslim.edit import AttributeEdit, ConfigEdit
 
 from architectures import ARCHITECTURES
 from stacks import Attend, Feed, Stack

@@ -13,7 +13,8 @@ import fxslim
 from fxslim.errors import InputError, PlanError
 from fxslim.passes.mask import masked
 from fxslim.passes.narrow import narrowed_copy
-from fxslim.plan import Plan, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import SitePlan
 
 from stacks import Feed, Stack
 

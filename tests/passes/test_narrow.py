@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import fxslim
+from fxslim.edit import AttributeEdit, ConfigEdit
 from fxslim.errors import PlanError
 from fxslim.passes.narrow import narrowed_copy, replay
-from fxslim.plan import AttributeEdit, ConfigEdit, Plan, SitePlan
+from fxslim.plan import Plan
+from fxslim.site import SitePlan
 
 from stacks import Attend, Feed, Stack
 
