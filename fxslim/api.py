@@ -25,6 +25,7 @@ from fxslim.lazy import Lazy, Spilled
 from fxslim.offloaded import Offloaded, is_offloaded, skeleton
 from fxslim.overlay import own_config
 from fxslim.passes import pipelines as lines
+from fxslim.passes import vary
 from fxslim.passes.calibrate import Calibrate, Repaired, calibrating, put, weak_choice
 from fxslim.passes.choose import Request, select
 from fxslim.passes.emit import CompiledModule
@@ -469,7 +470,7 @@ def _narrow(
     if lines.makes_graph(last):  # what was known may not hold any more, for reasons that an Inspection cannot see
         attempts += [(None, bare)] * (Program in known.known) + [(axes, bare) for axes in OPEN_AXES[1:]]
     for open_axes, given in attempts:
-        if open_axes and clock.program is not None and max(lines.open_axes(clock.program), default=0) < open_axes:
+        if open_axes and clock.program is not None and max(vary.open_axes(clock.program), default=0) < open_axes:
             continue  # the trace that failed left no more open
         facts = given if plan is None else given.adding(plan)
         clock.program = facts.find(Program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxslim.errors import FxslimError, InputError, UnsupportedModelError, VerifyError
-from fxslim.inputs import fresh
 from fxslim.passes.emit import CompiledModule
 from fxslim.passes.inference.draft import Draft, drafted
 from fxslim.passes.inference.fold import FoldConstants
@@ -20,8 +20,8 @@ from fxslim.passes.inference.once import ComputeOnce
 from fxslim.passes.inference.optimized import OptimizedModule, emitted, through_inductor
 from fxslim.passes.inference.prepack import SMALL, Prepack
 from fxslim.passes.paths import Path
-from fxslim.passes.pipelines import Vary, varied
 from fxslim.passes.regional import is_regional
+from fxslim.passes.vary import further, varied
 from fxslim.passes.verify import compare, refer
 from fxslim.pipeline import Observer, Pass, Pipeline
 from fxslim.program import Program
@@ -100,7 +100,10 @@ def _ways(graph: CompiledModule) -> tuple[Path, ...]:
         ) from error
     for vary in varied(program):
         ways = [
-            Path(vary.name if batch == vary.one else "other inputs", _placed(_further(program, vary, batch), graph))
+            Path(
+                vary.name if batch == vary.one else "other inputs",
+                _placed(further(program, replace(vary, batch=batch)), graph),
+            )
             for batch in dict.fromkeys((vary.batch, vary.one or vary.batch))
         ]
         try:
@@ -110,10 +113,6 @@ def _ways(graph: CompiledModule) -> tuple[Path, ...]:
             continue
         return (first, *ways)
     return (first,)
-
-
-def _further(program: Program, vary: Vary, batch: int | None) -> dict[str, Any]:
-    return fresh(program, seed=1, batch=batch, length=vary.length, integers=vary.integers, at=vary.at, whole=vary.whole)
 
 
 def _placed(inputs: Any, graph: CompiledModule) -> Any:

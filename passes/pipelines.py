@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.dtypes import Following, follow
 from fxslim.edit import SpreadEdit
 from fxslim.errors import NarrowError, PlanError, TraceError, UnsupportedModelError, VerifyError
-from fxslim.inputs import BATCH, LENGTH, bind, countable, fresh
+from fxslim.inputs import bind
 from fxslim.labels import Value
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
@@ -38,11 +37,12 @@ from fxslim.passes.rewrite import example_macs_graph, insert_masks, rewrite
 from fxslim.passes.routing import is_routed
 from fxslim.passes.rules.walk import fixed
 from fxslim.passes.sites import Sites, name_sites, same_slices
+from fxslim.passes.vary import Vary, further, unseen, varied
 from fxslim.passes.verify import Reference, compare, refer
 from fxslim.passes.watch import Watch, watching
 from fxslim.pipeline import Facts, Pass, Pipeline
 from fxslim.plan import Note, Plan
-from fxslim.program import Program, is_symbolic
+from fxslim.program import Program
 from fxslim.regions import region_notes, trace_regions
 from fxslim.report import Report, Verification
 from fxslim.sharing import refuse, share
@@ -292,73 +292,6 @@ class References:
     skipped: tuple[Note, ...] = ()
 
 
-@dataclass(frozen=True)
-class Vary:
-    """How far the inputs of the verification are from the example's.
-
-    Attributes:
-        name: what to call the last path.
-        batch: another batch, or None.
-        length: another length, or None.
-        one: the batch of the last path, or None.
-        integers: whether integers change.
-        at: the position that is repeated in longer inputs, where they do not.
-        whole: whether further rows repeat whole ones, or nothing but that position.
-    """
-
-    name: str
-    batch: int | None = None
-    length: int | None = None
-    one: int | None = None
-    integers: bool = True
-    at: int = 0
-    whole: bool = True
-
-
-MOST_PLACES = 16
-"""How many positions of integer inputs are tried until one may be repeated."""
-
-
-def varied(program: Program) -> tuple[Vary, ...]:
-    """Return ways to vary inputs, from the furthest to the nearest; the first that the model takes is verified on.
-
-    Some models count special tokens, so that longer inputs have to repeat a position at which none stands, and further
-    rows hold as many tokens as there are images, or none.
-    """
-    length = countable(program)
-    places = range(length - 1, max(length - 1 - MOST_PLACES, -1), -1)
-    return (
-        Vary("batch of one", BATCH + 1, LENGTH + 2, 1),
-        Vary("batch of one", BATCH + 1, LENGTH - 2, 1),
-        *(Vary("other numbers", BATCH + 1, LENGTH + 2, 1, integers=False, at=at) for at in places),
-        *(Vary("other numbers", BATCH + 1, LENGTH + 2, BATCH + 2, integers=False, at=at, whole=False) for at in places),
-        Vary("batch of one", BATCH + 1, one=1),
-        Vary("other values"),
-        Vary("other numbers", integers=False),
-    )
-
-
-def _unseen(program: Program, vary: Vary) -> bool:
-    """Tell whether a graph would take sizes that inputs varied like this do not show."""
-    axes = open_axes(program)
-    return (0 in axes and vary.batch is None) or (bool(axes - {0}) and vary.length is None)
-
-
-def open_axes(program: Program) -> frozenset[int]:
-    """Return the axes of the inputs that take other sizes; none where a model is traced in regions."""
-    if program.regions:
-        return frozenset()
-    shapes = [node.meta["val"].shape for node in program.graph.find_nodes(op="placeholder")
-              if node.name in program.inputs and isinstance(node.meta["val"], torch.Tensor)]  # fmt: skip
-    return frozenset(axis for shape in shapes for axis, size in enumerate(shape) if is_symbolic(size))
-
-
-def _further(program: Program, vary: Vary, seed: int = 1) -> dict[str, Any]:
-    return fresh(
-        program, seed=seed, batch=vary.batch, length=vary.length, integers=vary.integers, at=vary.at, whole=vary.whole
-    )
-
-
 NOT_SHOWN = "the model takes no other sizes of those that were tried, so that none can be verified"
 
 
@@ -376,10 +309,10 @@ class Show:
             return facts
         for vary in varied(program):
             try:
-                Path(vary.name, _further(program, vary)).run(model)
+                Path(vary.name, further(program, vary)).run(model)
             except Exception:  # noqa: BLE001 - a model may refuse other inputs for reasons of its own
                 continue
-            if _unseen(program, vary):
+            if unseen(program, vary):
                 raise VerifyError("output", float("inf"), 0.0, NOT_SHOWN)
             break
         return facts
@@ -421,7 +354,7 @@ class Refer:
                 if vary is every[-1]:
                     raise
         assert made is not None
-        if self.graph and _unseen(program, vary):
+        if self.graph and unseen(program, vary):
             raise VerifyError("output", float("inf"), 0.0, NOT_SHOWN)
         if not made.references:
             raise UnsupportedModelError(
@@ -442,12 +375,12 @@ class Refer:
 
     def _ways(self, program: Program, model: nn.Module, vary: Vary) -> tuple[Path, ...]:
         """Return the paths to run; those that a graph cannot take are left out."""
-        further = _further(program, vary)
-        other = _further(program, dataclasses.replace(vary, batch=vary.one, length=None), seed=2)
+        again = further(program, vary)
+        other = further(program, dataclasses.replace(vary, batch=vary.one, length=None), seed=2)
         if not vary.integers:  # one of many that are tried
-            Path(vary.name, further).run(model)
+            Path(vary.name, again).run(model)
         ways = (
-            *paths(model, further, filled=program.call.filled, given=program.call.example, train=not self.graph),
+            *paths(model, again, filled=program.call.filled, given=program.call.example, train=not self.graph),
             Path(vary.name, other),
         )
         if program.regions:  # other values may lead past them
