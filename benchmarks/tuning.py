@@ -2,7 +2,7 @@
 
 Both are made from the packaged all-MiniLM-L6-v2. Everything is multiplied in bfloat16 by autocast where the CPU has
 instructions for it, batches are of sentences of about one length, and what the dense model says of a row is computed
-once.
+once and kept (half a gigabyte of hidden states for every ten thousand sentences).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Phrases:
         padded = self.tokenizer.pad({"input_ids": [self.ids[i] for i in rows]}, return_tensors="pt")
         return {**{name: padded[name] for name in ("input_ids", "attention_mask")}, "labels": self.labels[list(rows)]}
 
-    def more(self, batch: Inputs) -> Inputs:
+    def more(self, batch: Inputs, draw: random.Random) -> Inputs:
         """Add nothing: the labelled phrases are many."""
         return batch
 
@@ -204,7 +204,8 @@ class Sentences:
     splits = ("dev", "test")
     headline = "test"
     logits = 10.0
-    once_narrowed: Mapping[str, float] = {"task": 0.1, "hidden": 10.0}  # hidden states mislead scores
+    once_narrowed: Mapping[str, float] = {"task": 0.1, "hidden": 10.0}
+    """From then on labels count little: 5749 pairs are soon learnt by heart. Before, hidden states mislead scores."""
 
     def __init__(self, data: Path, subset: int | None = None) -> None:
         from transformers import AutoTokenizer
@@ -218,7 +219,7 @@ class Sentences:
         self.ids: list[list[int]] = self.tokenizer(self.texts, truncation=True, max_length=LENGTH)["input_ids"]
         self.lengths = [max(len(self.ids[2 * i]), len(self.ids[2 * i + 1])) for i in range(len(train))]
         self.held = {split: list(Similarity._rows(data / "stsb" / f"{split}.csv")) for split in self.splits}
-        self.data, self.draw = data, random.Random(0)
+        self.data = data
 
     @cached_property
     def others(self) -> list[list[int]]:
@@ -233,17 +234,18 @@ class Sentences:
             for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
                 plain = line.partition("\t")[2] if path.suffix == ".tsv" else line
                 texts |= {one.strip() for one in plain.split(" . ") if 5 <= len(one.split()) <= 40}
-        drawn = self.draw.sample(sorted(texts), min(FOREIGN, len(texts)))
+        draw = random.Random(0)
+        drawn = draw.sample(sorted(texts), min(FOREIGN, len(texts)))
         made: list[list[int]] = self.tokenizer(drawn)["input_ids"] if drawn else []
         own = sorted({tuple(ids) for ids in self.ids}, key=lambda ids: (len(ids), ids))
         near = self._near(sorted({token for ids in own for token in ids}))
 
         def changed(ids: Sequence[int], part: float) -> list[int]:
-            return [self.draw.choice(near.get(one, [one])) if self.draw.random() < part else one for one in ids]
+            return [draw.choice(near.get(one, [one])) if draw.random() < part else one for one in ids]
 
         for place, ids in enumerate(own):
-            other = own[min(max(place + self.draw.randint(-200, 200), 0), len(own) - 1)]  # of about the same length
-            cut = self.draw.randint(1, max(len(ids) - 2, 1))
+            other = own[min(max(place + draw.randint(-200, 200), 0), len(own) - 1)]  # of about the same length
+            cut = draw.randint(1, max(len(ids) - 2, 1))
             made += [changed(ids, CHANGED), changed([*ids[:cut], *other[min(cut, len(other) - 1) :]], CHANGED / 2)]
         return sorted(made, key=len)
 
@@ -286,14 +288,14 @@ class Sentences:
         made = {name: padded[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
         return {**made, "labels": self.labels[list(rows)]}
 
-    def more(self, batch: Inputs) -> Inputs:
+    def more(self, batch: Inputs, draw: random.Random) -> Inputs:
         """Add `MORE` pairs of other sentences, of about the same length, with NaN for a score."""
         own = batch["input_ids"].flatten(0, 1)
         ids = [row[real].tolist() for row, real in zip(own, batch["attention_mask"].flatten(0, 1).bool(), strict=True)]
         last = bisect.bisect_right(self.others, own.shape[-1], key=len) // 2 - MORE
         if last < 0:
             return batch
-        start = 2 * self.draw.randint(max(last - len(self.others) // 20, 0), last)
+        start = 2 * draw.randint(max(last - len(self.others) // 20, 0), last)
         padded = self.tokenizer.pad({"input_ids": ids + self.others[start : start + 2 * MORE]}, return_tensors="pt")
         made = {name: padded[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
         return {**made, "labels": torch.cat([batch["labels"], torch.full((MORE,), torch.nan)])}
@@ -314,7 +316,9 @@ class Sentences:
 
 
 class Remembered(nn.Module):
-    """The dense model as a teacher that is asked once about every row; hidden states are kept in half precision.
+    """The dense model as a teacher that is asked once about every row, and once more with hidden states.
+
+    Those are kept in half precision.
 
     Args:
         model: returns ``logits``, row by row, and ``hidden_states`` where they are asked for.
@@ -328,7 +332,7 @@ class Remembered(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool = False
     ) -> Mapping[str, Any]:
-        """Return logits (B, …) and, where they are asked for, hidden states (B, …, S, D), zero where padding ends."""
+        """Return logits (B, …) and, where they are asked for, hidden states (B, …, S, D), anything at padding."""
         mask = attention_mask.bool()
         keys = [
             (
@@ -376,7 +380,7 @@ def train(
         steps: optimizer steps.
         batch: rows in a batch.
         rate: the highest learning rate.
-        seed: of the order of rows, and of dropout.
+        seed: of the order of rows, of what is added, and of dropout.
         pruning: keywords of `fxslim.Pruner`, ``config`` among them; None for none.
         narrow: take masked units out as soon as masks have reached their target, and train what is left.
         more: add other data of the task's, which the teacher alone says something about; where models are narrowed on
@@ -399,14 +403,14 @@ def train(
     if pruning is not None:
         pruner = fxslim.Pruner(model, **{**pruning, "optimizer": optimizer, "steps": steps})
     model.train()
-    rows = rounds(task.lengths, min(batch, len(task.lengths)), seed)
+    rows, draw = rounds(task.lengths, min(batch, len(task.lengths)), seed), random.Random(seed)
     bar = tqdm(range(steps), unit="step", desc=label, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
         inputs = task.batch(next(rows))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
-            loss = model(**(task.more(inputs) if more and not narrow else inputs))["loss"]
+            loss = model(**(task.more(inputs, draw) if more and not narrow else inputs))["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if pruner is not None:

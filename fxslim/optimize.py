@@ -17,7 +17,7 @@ from fxslim.passes.inference.fuse import FuseLinears
 from fxslim.passes.inference.masks import AddMasks
 from fxslim.passes.inference.neutral import DropNeutral
 from fxslim.passes.inference.once import ComputeOnce
-from fxslim.passes.inference.optimized import OptimizedModule, emitted, through_inductor
+from fxslim.passes.inference.optimized import OptimizedModule, PackedModule, emitted, through_inductor
 from fxslim.passes.inference.prepack import SMALL, Prepack
 from fxslim.passes.paths import Path
 from fxslim.passes.regional import is_regional
@@ -44,7 +44,9 @@ def optimize(
         graph: what `compile` returned. It is not changed.
         prepack: lay weights of more than 2^18 numbers out in memory as oneDNN multiplies them on this CPU. It pays at 4
             to 64 rows (batch x length); a single row takes longer. The result is for this process: it can be copied,
-            and neither exported nor saved. Weights that the graph reads twice (a head that is tied to embeddings) stay.
+            and neither exported nor saved; it has no gradients, of inputs neither, and refuses autocast. Weights that
+            the graph reads twice (a head that is tied to embeddings) stay. The given graph keeps its own weights: drop
+            it where memory counts.
         inductor: let ``torch.compile`` generate code for what is left, with sizes open; that takes its time at the
             first calls, and a C++ compiler on a CPU.
         observer: called after every pass.
@@ -54,6 +56,8 @@ def optimize(
         UnsupportedModelError: the graph consists of several, or is on ``meta``; or what was made of it computes
             something else; or there is nothing to prepack.
     """
+    if prepack and torch.is_autocast_enabled("cpu"):
+        raise InputError("prepack=True does not go together with autocast: cast the graph before, and optimize that.")
     if prepack and inductor:
         raise InputError("prepack=True and inductor=True do not go together: inductor makes products of its own.")
     if is_regional(graph):
@@ -75,7 +79,7 @@ def optimize(
     pipeline = Pipeline((*OPTIMIZE, Prepack()) if prepack else OPTIMIZE, given=(Draft,))
     facts = pipeline.run(drafted(graph, leaves), observers=() if observer is None else (observer,))
     made = emitted(facts.get(Draft), graph)
-    if prepack and not made.packed:
+    if prepack and not isinstance(made, PackedModule):
         raise UnsupportedModelError(
             f"there is nothing to prepack: no product on a CPU whose weight has more than {SMALL} numbers, is read "
             "once, and is in a dtype that oneDNN multiplies there. Optimize without prepack=True."

@@ -127,6 +127,11 @@ def refuse(model: nn.Module) -> None:
     if next(iter(model.parameters()), None) is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to narrow.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_mkldnn:
+            raise UnsupportedModelError(
+                f"{name} is laid out for products of oneDNN alone (prepack=True): give the model, or the graph that "
+                f"this {type(model).__name__} was made of."
+            )
         subclass = type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer) and not hasattr(tensor, "fake_mode")
         if tensor.is_quantized or (subclass and type(tensor.data) is not torch.Tensor):
             raise UnsupportedModelError(

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"labels", "tables"}),
-    frozenset({"program", "record", "site", "edit", "plan", "overlay", "gather", "multihead", "spread"}),
+    frozenset({"labels", "tables", "record"}),
+    frozenset({"site", "edit"}),
+    frozenset({"program", "plan", "overlay", "gather", "multihead", "spread"}),
     frozenset(
         {
             "functional",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,7 @@ from fxslim.errors import InputError, UnsupportedModelError
 from fxslim.passes.emit import CompiledModule
 from fxslim.passes.inference import prepack
 from fxslim.passes.inference.fold import SMALL
+from fxslim.passes.inference.optimized import PackedModule
 from fxslim.passes.paths import tensors_of
 from fxslim.pipeline import Facts, Pass
 
@@ -322,12 +324,15 @@ def test_prepacked_weights_compute_the_same_at_every_size(name: str, monkeypatch
     state = {key: value.clone() for key, value in graph.state_dict().items()}
     made = fxslim.optimize(graph, prepack=True)
     packed = [node for node in made.graph.nodes if node.target is torch.ops.mkldnn._linear_pointwise.default]
+    assert isinstance(made, PackedModule)
     assert len(packed) == len(made.packed) == PACKED[name]
     assert count.parameters(made) == count.parameters(fxslim.optimize(graph))
     for batch, length in ((1, 5), (4, 12)):
         inputs = CASES[name].inputs(batch, length, seed=3, dtype=torch.float32)
         agree(graph, made, inputs)
-    agree(made, copied := copy.deepcopy(made), inputs)
+    copied = copy.deepcopy(made)
+    assert isinstance(copied, PackedModule)
+    agree(made, copied, inputs)
     assert not {*map(id, copied.packed)} & {*map(id, made.packed)}
     assert made.float() is made
     agree(graph, made, inputs)
@@ -344,6 +349,35 @@ def test_prepacked_weights_are_counted_and_measured(monkeypatch: pytest.MonkeyPa
     found = fxslim.benchmark(forms, CASES["bert"].inputs(2, 6), max_seconds=0.2)
     (point,) = found.points
     assert point.macs["fast"] == point.macs["packed"] > 0
+
+
+@needs_onednn
+def test_what_packed_products_would_do_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack, "SMALL", 0)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)).eval(), torch.randn(2, 5, 4)
+    graph = fxslim.compile(model, x)
+    made = fxslim.optimize(graph, prepack=True)
+    asked = x.clone().requires_grad_()
+    with pytest.raises(InputError, match="has no gradients"):
+        made(asked)
+    with torch.no_grad():
+        agree(graph, made, {"input": asked})
+    made.requires_grad_()
+    assert not made(x).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(InputError, match="autocast does not reach it"):
+            made(x)
+        with pytest.raises(InputError, match="does not go together with autocast"):
+            fxslim.optimize(graph, prepack=True)
+    for write in (pickle.dumps, lambda own: own.state_dict()):
+        with pytest.raises(UnsupportedModelError, match=r"for this process alone.*optimize that again"):
+            write(made)
+    for read in (fxslim.inspect, fxslim.slim, fxslim.compile):
+        with pytest.raises(UnsupportedModelError, match=r"packed_\d+ is laid out for products of oneDNN alone"):
+            read(made, x)
+    with torch.backends.mkldnn.flags(enabled=False), pytest.raises(UnsupportedModelError, match="nothing to prepack"):
+        fxslim.optimize(graph, prepack=True)
 
 
 @needs_onednn
@@ -370,6 +404,7 @@ def test_small_and_shared_weights_are_not_packed(monkeypatch: pytest.MonkeyPatch
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     tied = fxslim.compile(Tied().eval(), ids)
     made = fxslim.optimize(tied, prepack=True)
+    assert isinstance(made, PackedModule)
     assert len(made.packed) == 2
     agree(tied, made, {"ids": ids})
 

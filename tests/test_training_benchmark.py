@@ -6,6 +6,7 @@ import argparse
 import copy
 import csv
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_sentences_without_a_score_are_added(data: Path, monkeypatch: pytest.Mon
     assert {len(ids) for ids in others} <= {len(ids) for ids in foreign | own}
     assert {*others} - foreign - own
     batch = task.batch([0, 3])
-    found = task.more(batch)
+    found = task.more(batch, random.Random(0))
     assert found["labels"][:2].tolist() == batch["labels"].tolist()
     assert found["labels"][2:].isnan().tolist() == [True, True]
     assert found["input_ids"].shape[:2] == (4, 2)

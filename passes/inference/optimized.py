@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxslim.dtypes import Following
-from fxslim.errors import UnsupportedModelError
+from fxslim.errors import InputError, UnsupportedModelError
 from fxslim.passes.emit import CompiledModule
 from fxslim.passes.inference.draft import Draft
 
@@ -26,15 +27,8 @@ class OptimizedModule(CompiledModule):
 
     _dtypes: frozenset[torch.dtype]
 
-    @property
-    def packed(self) -> tuple[nn.Parameter, ...]:
-        """Return the weights that lie in memory as oneDNN multiplies them; what else reads them fails."""
-        return tuple(own for own in self.parameters() if own.is_mkldnn)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
-        """Copy, and compile again what is compiled: torch leaves that out. Packed tensors it does not copy."""
-        for weight in self.packed:
-            memo.setdefault(id(weight), nn.Parameter(weight.detach().clone(), requires_grad=False))
+        """Copy, and compile again what is compiled: torch leaves that out."""
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, OptimizedModule)
         copied._dtypes = self._dtypes
@@ -62,6 +56,52 @@ class OptimizedModule(CompiledModule):
         return self
 
 
+class PackedModule(OptimizedModule):
+    """An optimized graph with weights that lie in memory as oneDNN multiplies them; what else reads them fails."""
+
+    @property
+    def packed(self) -> tuple[nn.Parameter, ...]:
+        """Return those weights."""
+        return tuple(own for own in self.parameters() if own.is_mkldnn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what products of packed weights would do wrong without a word."""
+        if torch.is_autocast_enabled("cpu"):
+            raise InputError(
+                "a prepacked graph multiplies in the dtype of its weights, and autocast does not reach it: call it "
+                "outside of autocast, cast the graph before it is optimized, or optimize without prepack=True."
+            )
+        leaves = pytree.tree_leaves((args, kwargs)) if torch.is_grad_enabled() else ()
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+            raise InputError(
+                "a prepacked graph has no gradients, and an input requires one: call it under torch.no_grad(), or "
+                "optimize without prepack=True."
+            )
+        with torch.no_grad():
+            return super().__call__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        """Copy packed weights, too, which torch refuses."""
+        for weight in self.packed:
+            memo.setdefault(id(weight), nn.Parameter(weight.detach().clone(), requires_grad=False))
+        return super().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled."""
+        raise _unwritten()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: nobody could write it, and nobody else read it."""
+        raise _unwritten()
+
+
+def _unwritten() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "prepacked weights are for this process alone: they cannot be written, sent or shared. Take the graph that "
+        "they were made of, and optimize that again where it is read."
+    )
+
+
 def emitted(draft: Draft, given: CompiledModule) -> OptimizedModule:
     """Turn a draft into a module; it shares the tensors that it has not made itself.
 
@@ -79,7 +119,8 @@ def emitted(draft: Draft, given: CompiledModule) -> OptimizedModule:
         else:
             root.register_buffer(flat[name], tensor)
     graph.set_codegen(given.graph._codegen)
-    made = OptimizedModule(root, graph, class_name=type(given).__name__)
+    kind = PackedModule if any(tensor.is_mkldnn for tensor in draft.tensors.values()) else OptimizedModule
+    made = kind(root, graph, class_name=type(given).__name__)
     made.meta.update(given.meta)
     made._caller = dataclasses.replace(given._caller, following=Following())
     made._dtypes = frozenset(p.dtype for p in given.parameters() if p.is_floating_point())

@@ -20,7 +20,7 @@ SMALL = 2**18
 
 def dtypes() -> frozenset[torch.dtype]:
     """Return the dtypes in which oneDNN multiplies on this CPU."""
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return frozenset()
     own = {torch.float32: True, torch.bfloat16: mkldnn._is_mkldnn_bf16_supported(),
            torch.float16: mkldnn._is_mkldnn_fp16_supported()}  # fmt: skip
@@ -33,7 +33,7 @@ class Prepack:
 
     At few rows a product waits for its weights, and packed ones come in the order in which they are needed. Requires:
     no pass after this one looks into tensors. Ensures: weights that anything else reads as well, under whatever name,
-    stay as they are, so that none is in memory twice; so do small ones, and biases.
+    stay as they are, so that the result holds none twice; so do small ones, and biases.
     """
 
     requires: ClassVar[tuple[type, ...]] = (Draft,)
