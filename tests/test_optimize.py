@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -342,13 +343,17 @@ def test_prepacked_weights_compute_the_same_at_every_size(name: str, monkeypatch
 
 
 @needs_onednn
-def test_prepacked_weights_are_counted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepacked_weights_are_counted_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(prepack, "SMALL", 0)
     graph = compiled("bert", torch.float32)
     forms = {"fast": fxslim.optimize(graph), "packed": fxslim.optimize(graph, prepack=True)}
     found = fxslim.benchmark(forms, CASES["bert"].inputs(2, 6), max_seconds=0.2)
     (point,) = found.points
     assert point.macs["fast"] == point.macs["packed"] > 0
+    drawn = [[op.shape for op in fxslim.draw(own, tmp_path / "graph.json").ops if "linear" in op.op]
+             for own in forms.values()]  # fmt: skip
+    assert drawn[0] == drawn[1]
+    assert len(drawn[1]) == PACKED["bert"]
 
 
 @needs_onednn

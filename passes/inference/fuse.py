@@ -127,7 +127,13 @@ def _join(graph: fx.Graph, group: list[Linear], tensors: dict[str, torch.Tensor]
         product = graph.call_function(target, args)
         pieces = graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
         made = [graph.call_function(operator.getitem, (pieces, place)) for place in range(len(group))]
+    values = [linear.node.meta.get("val") for linear in group]
+    product.meta.update(first.node.meta)  # for pictures
+    pieces.meta.update(first.node.meta, val=values)
+    if all(isinstance(value, torch.Tensor) for value in values):
+        product.meta["val"] = torch.cat(values, -1)
     for linear, piece in zip(group, made, strict=True):
+        piece.meta.update(linear.node.meta)
         linear.node.replace_all_uses_with(piece)
         graph.erase_node(linear.node)
 

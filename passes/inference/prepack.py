@@ -67,5 +67,6 @@ def _pack(graph: fx.Graph, linear: Linear, tensors: dict[str, torch.Tensor]) -> 
         own = graph.get_attr(add(tensors, "packed", packed))
         args: tuple[Any, ...] = (linear.operand, own, linear.bias, "none", [], "")
         product = graph.call_function(mkldnn._linear_pointwise.default, args)
+    product.meta.update(linear.node.meta)  # for pictures
     linear.node.replace_all_uses_with(product)
     graph.erase_node(linear.node)
