@@ -155,8 +155,9 @@ class Benchmark(Shown):
         figure = Figure(figsize=(1.6 + 1.1 * len(self.points), 3.6), layout="constrained")
         axes = figure.subplots()
         for i, name in enumerate(names):
-            speed = [point.timing[name].speedup for point in self.points]
-            places = [at + 0.8 * (i + 0.5) / len(names) - 0.4 for at in range(len(speed))]
+            timed = {at: own.speedup for at, point in enumerate(self.points)
+                     for own in point.timing.samples if own.name == name}  # fmt: skip
+            speed, places = [*timed.values()], [at + 0.8 * (i + 0.5) / len(names) - 0.4 for at in timed]
             spread = [
                 [s.value - s.low for s in speed],
                 [s.high - s.value if math.isfinite(s.high) else 0 for s in speed],
