@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
 
 import fxslim
+from benchmarks import latency
 from fxslim.errors import InputError, VerifyError
 from fxslim.harness.generation import rate
 from fxslim.harness.memory import peak_bytes
@@ -250,3 +251,20 @@ def test_variants_that_cannot_be_had_are_noted(bert: BertModel, slim: Any) -> No
 def test_no_models_are_refused() -> None:
     with pytest.raises(InputError, match="takes a dict"):
         fxslim.benchmark({})
+
+
+def test_the_grid_of_latency_times_prepacked_forms_at_few_rows(
+    bert: BertModel, slim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "FEW", 4)
+    ids = torch.arange(3, 7)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    models = {"dense": bert, "module": slim, "prepacked": copy.deepcopy(slim)}
+    found = latency.over([(2, 4), (1, 4)], models, inputs, {**QUICK, "variants": ["eager"]})
+    assert [(p.batch, p.length, [s.name for s in p.timing.samples]) for p in found.points] == [
+        (2, 4, ["dense", "module"]),
+        (1, 4, ["dense", "module", "prepacked"]),
+    ]
+    assert list(found.sizes) == list(models)
+    (axes,) = found.plot().axes
+    assert [len(bars) for bars in axes.containers if hasattr(bars, "patches")] == [2, 1]
