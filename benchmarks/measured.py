@@ -31,7 +31,7 @@ def latency(result: Any) -> Lines:
             continue
         macs = point["macs"]
         ratios = {sample["name"]: sample["ratio"] for sample in point["timing"]["samples"]}
-        speeds = ", ".join(f"{name} {_speed(own)}" for name, own in ratios.items() if name != "dense")
+        speeds = ", ".join(f"{name.replace(',', '')} {_speed(own)}" for name, own in ratios.items() if name != "dense")
         yield (
             (
                 f"BERT-base, batch {point['batch']}, length {point['length']}: times faster (ideal by MACs "
