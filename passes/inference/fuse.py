@@ -128,10 +128,9 @@ def _join(graph: fx.Graph, group: list[Linear], tensors: dict[str, torch.Tensor]
         pieces = graph.call_function(aten.split_with_sizes.default, (product, sizes, -1))
         made = [graph.call_function(operator.getitem, (pieces, place)) for place in range(len(group))]
     values = [linear.node.meta.get("val") for linear in group]
-    product.meta.update(first.node.meta)  # for pictures
-    pieces.meta.update(first.node.meta, val=values)
-    if all(isinstance(value, torch.Tensor) for value in values):
-        product.meta["val"] = torch.cat(values, -1)
+    if isinstance(value := values[0], torch.Tensor):  # for pictures
+        product.meta.update(first.node.meta, val=value.new_empty((*value.shape[:-1], sum(sizes))))
+        pieces.meta.update(first.node.meta, val=values)
     for linear, piece in zip(group, made, strict=True):
         piece.meta.update(linear.node.meta)
         linear.node.replace_all_uses_with(piece)
