@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fxslim.errors import TraceError
 from fxslim.inputs import bind, fresh
 from fxslim.passes.emit import CompiledModule
+from fxslim.passes.inference.optimized import PackedModule
 from fxslim.passes.paths import Path
 from fxslim.passes.regional import is_regional
 from fxslim.program import Program, is_symbolic
@@ -107,7 +108,7 @@ def exportable(model: nn.Module, example_inputs: Any, *, dynamic: bool) -> Expor
         )
     if isinstance(model, CompiledModule):
         inductors = any(part._compiled_call_impl is not None for part in model.modules())
-        if inductors or any(own.is_mkldnn for own in model.parameters()):
+        if inductors or isinstance(model, PackedModule):
             made = "code of inductor is" if inductors else "prepacked weights are"
             raise TraceError(
                 f"{made} for this machine alone, and no format holds that. Export the graph itself, or what "

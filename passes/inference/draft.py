@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,16 @@ class Run(fx.Interpreter):
 def storage(tensor: torch.Tensor) -> int:
     """Return what tensors over the same memory have in common."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def reads(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> Counter[int]:
+    """Count the nodes that read the memory of a tensor, under whatever name."""
+    return Counter(storage(tensors[str(node.target)]) for node in graph.find_nodes(op="get_attr"))
+
+
+def is_alone(node: fx.Node, tensors: Mapping[str, torch.Tensor], read: Counter[int]) -> bool:
+    """Tell whether one operation alone reads a stored tensor, and nothing reads another one over the same memory."""
+    return len(node.users) == 1 and read[storage(tensors[str(node.target)])] == 1
 
 
 def add(tensors: dict[str, torch.Tensor], kind: str, tensor: torch.Tensor) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxslim.passes.inference.draft import Draft, add, storage
+from fxslim.passes.inference.draft import Draft, add, is_alone, reads
 from fxslim.passes.inference.views import leaving
 from fxslim.pipeline import Facts
 
@@ -63,9 +63,9 @@ class FuseLinears:
             return facts
         tensors, kept = dict(draft.tensors), leaving(draft.graph)
         groups: list[tuple[Any, list[Linear]]] = []
-        reads = Counter(storage(tensors[str(node.target)]) for node in draft.graph.find_nodes(op="get_attr"))
+        read = reads(draft.graph, tensors)
         for linear in filter(None, map(linear_of, draft.graph.nodes)):
-            key = None if linear.node in kept else _key(linear, tensors, reads)
+            key = None if linear.node in kept else _key(linear, tensors, read)
             if key is None or not groups or groups[-1][0] != key:
                 groups.append((key, []))
             groups[-1][1].append(linear)
@@ -94,10 +94,10 @@ def linear_of(node: fx.Node) -> Linear | None:
     return Linear(node, operand, weight, bias, axis) if stored else None
 
 
-def _key(linear: Linear, tensors: Mapping[str, torch.Tensor], reads: Counter[int]) -> Any:
+def _key(linear: Linear, tensors: Mapping[str, torch.Tensor], read: Counter[int]) -> Any:
     """Return what linears have in common that can be joined; None for one that cannot be."""
     stored = [tensors[str(node.target)] for node in linear.stored]
-    alone = all(len(node.users) == 1 for node in linear.stored) and all(reads[storage(own)] == 1 for own in stored)
+    alone = all(is_alone(node, tensors, read) for node in linear.stored)
     sizes = [tuple(own.shape) for own in stored]
     if not alone or len(sizes[0]) != 2 or any(size != (sizes[0][linear.axis],) for size in sizes[1:]):
         return None

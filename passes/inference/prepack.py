@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from fxslim.passes.inference.draft import Draft, add, storage
+from fxslim.passes.inference.draft import Draft, add, is_alone, reads
 from fxslim.passes.inference.fuse import Linear, linear_of
 from fxslim.pipeline import Facts
 
@@ -43,10 +42,10 @@ class Prepack:
         """Pack."""
         draft, known = facts.get(Draft).copied(), dtypes()
         tensors = dict(draft.tensors)
-        reads = Counter(storage(tensors[str(node.target)]) for node in draft.graph.find_nodes(op="get_attr"))
+        read = reads(draft.graph, tensors)
         for linear in [*filter(None, map(linear_of, draft.graph.nodes))]:
             weight, *bias = (tensors[str(node.target)] for node in linear.stored)
-            alone = len(linear.weight.users) == 1 and reads[storage(weight)] == 1
+            alone = is_alone(linear.weight, tensors, read)
             large = weight.ndim == 2 and weight.numel() > SMALL
             quick = weight.device.type == "cpu" and weight.dtype in known
             added = all((own.dtype, *own.shape) == (weight.dtype, weight.shape[linear.axis]) for own in bias)
