@@ -81,7 +81,7 @@ def targets(shards: Sequence[Shard], keys: Keys, plan: Plan, aliases: Mapping[st
     change = {aliases.get(name, name): own for name, own in changes(plan).items()}
     biases: dict[str, list[SitePlan]] = {}
     for part in plan.sites:
-        for bias in {fold.bias for fold in part.folds}:
+        for bias in dict.fromkeys(fold.bias for fold in part.folds):
             folds = tuple(fold for fold in part.folds if fold.bias == bias)
             biases.setdefault(aliases.get(bias, bias), []).append(part.model_copy(update={"folds": folds}))
     stored = {piece.tensor for piece in keys.pieces.values()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def traced_ops(program: Program, labels: Labels, sites: Sites, flow: Flow, cut: 
             "groups": carried[node],
         }
 
-    return tuple(_ops(program.graph, {*inputs}, program.tensor_name, letters, op))
+    return tuple(_ops(program.graph, inputs, program.tensor_name, letters, op))
 
 
 def plain_ops(module: fx.GraphModule, plan: Plan | None) -> tuple[Op, ...]:
@@ -54,7 +54,7 @@ def plain_ops(module: fx.GraphModule, plan: Plan | None) -> tuple[Op, ...]:
         for role, weights in part.site.roles.items():
             for weight in weights:
                 roles.setdefault(weight, []).append((part.site.name, role))
-    inputs = set(module.graph.find_nodes(op="placeholder"))
+    inputs = [*module.graph.find_nodes(op="placeholder")]
 
     def op(node: fx.Node, tensors: tuple[str, ...]) -> dict[str, Any]:
         return {"roles": tuple(role for name in tensors for role in roles.get(name, ()))}
@@ -67,7 +67,7 @@ def plain_ops(module: fx.GraphModule, plan: Plan | None) -> tuple[Op, ...]:
 
 def _ops(
     graph: fx.Graph,
-    inputs: set[fx.Node],
+    inputs: Sequence[fx.Node],
     tensor: Callable[[fx.Node], str | None],
     letters: Mapping[str, str],
     more: Callable[[fx.Node, tuple[str, ...]], dict[str, Any]],

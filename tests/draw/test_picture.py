@@ -187,6 +187,19 @@ def test_a_plain_graph_has_operations() -> None:
     assert [op.op for op in picture_of(traced).ops] == ["input", "call_module", "call_module", "output"]
 
 
+def test_open_sizes_are_named_in_the_order_of_the_inputs() -> None:
+    class Sums(nn.Module):
+        def forward(self, *given: torch.Tensor) -> list[torch.Tensor]:
+            return [one + 1 for one in given]
+
+    given = tuple(torch.randn(2 + i, 1) for i in range(6))
+    dynamic = (tuple({0: torch.export.Dim.DYNAMIC} for _ in given),)
+    picture = picture_of(torch.export.export(Sums(), given, dynamic_shapes=dynamic).graph_module)
+    named = [f"{letter}×1" for letter in ("B", "B2", "B3", "B4", "B5", "B6")]
+    for kind in ("input", "aten.add"):
+        assert [op.shape for op in picture.ops if op.op == kind] == named
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_a_picture_is_plain_data(name: str) -> None:
     data = json.loads(json.dumps(case(name).picture.to_dict()))
