@@ -12,7 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5Model,
+)
 
 import fxslim
 from benchmarks import latency
@@ -89,8 +99,7 @@ def test_what_is_counted(bert: BertModel, slim: Any, tmp_path: Path) -> None:
 
 
 def test_the_graph_is_compared_as_well(bert: BertModel, slim: Any) -> None:
-    plan = slim.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()})
-    graph = fxslim.compile(bert, plan=plan)
+    graph = fxslim.compile(bert, plan=slim.fxslim.plan)
     found = fxslim.benchmark({"slim": slim, "graph": graph}, batches=[2], **QUICK)
     assert found.points[0].macs["slim"] == found.points[0].macs["graph"]
     assert found.notes == ("slim: the dense model that it was made of is not among those compared",)
@@ -98,15 +107,30 @@ def test_the_graph_is_compared_as_well(bert: BertModel, slim: Any) -> None:
 
 @pytest.mark.parametrize("among", ["dense", "graph"])
 def test_models_that_should_agree_and_do_not_are_refused(bert: BertModel, slim: Any, among: str) -> None:
-    plan = slim.fxslim.plan.model_copy(update={"edits": (), "zeroed": ()})
     wrong: Any = fxslim.slim(bert, plan=slim.fxslim.plan)
     with torch.no_grad():
         wrong.encoder.layer[1].output.dense.bias[0] += 0.1  # of all alike, a norm would see nothing
-    other = bert if among == "dense" else fxslim.compile(bert, plan=plan)
+    other = bert if among == "dense" else fxslim.compile(bert, plan=slim.fxslim.plan)
     models = {"first": other, "second": wrong}
     with pytest.raises(VerifyError, match="check=False"):
         fxslim.benchmark(models, **QUICK)
     assert fxslim.benchmark(models, check=False, **QUICK).points
+
+
+def test_what_edits_integers_is_compared_as_well() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=F)  # fmt: skip
+    dense = LlamaModel(config).eval()
+    small: Any = fxslim.slim(dense, heads=0.5)
+    assert small.fxslim.plan.edits
+    models = {"dense": dense, "slim": small, "graph": fxslim.compile(dense, plan=small.fxslim.plan)}
+    assert fxslim.benchmark(models, **QUICK).notes == ()
+    with torch.no_grad():
+        small.layers[1].self_attn.o_proj.weight += 0.1
+    for baseline in ("slim", "graph"):
+        with pytest.raises(VerifyError, match="slim and graph|graph and slim"):
+            fxslim.benchmark({name: models[name] for name in ("slim", "graph")}, baseline=baseline, **QUICK)
 
 
 def test_a_repaired_model_is_compared_with_nothing(bert: BertModel) -> None:

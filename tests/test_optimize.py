@@ -80,6 +80,15 @@ def test_it_computes_the_same_at_every_size_with_fewer_products(name: str) -> No
     assert type(made(**inputs)) is type(graph(**inputs))
 
 
+def test_a_graph_of_the_module_forms_plan_is_optimized() -> None:
+    """The plan edits integers of modules as well, which a graph does not have."""
+    model = CASES["llama_gqa"].build(torch.float64, "sdpa")
+    small: Any = fxslim.slim(model, heads=0.5)
+    assert small.fxslim.plan.edits
+    made = fxslim.optimize(fxslim.compile(model, plan=small.fxslim.plan))
+    agree(small, made, CASES["llama_gqa"].inputs(2, 7, seed=3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_is_optimized_in_the_dtype_that_it_was_cast_to(dtype: torch.dtype) -> None:
     graph = copy.deepcopy(compiled("llama_gqa", torch.float32, ffn=0.5)).to(dtype)
