@@ -159,9 +159,11 @@ def slim(
         VerifyError: masked and narrowed differ; otherwise as `plan`, and PlanError for a plan of another model.
     """
     want = wanted(asked, planned=plan is not None)
+    _check(plan, want)
+    if isinstance(_module(model), CompiledModule):
+        raise InputError("slim narrows a model's own class, and this is a compiled graph: compile takes graphs, too.")
     plain = plan is None and want.recipe is None
     lossless, weak = plain and want.request.lossless, plain and not want.request.lossless
-    _check(plan, want)
     data = want.read(_module(model))
     known = _known(model, example_inputs, data)
     clock = _Clock()

@@ -161,17 +161,17 @@ def _ends(families: Sequence[Family], labels: Labels) -> list[list[fx.Node]]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Return the paths of repeated blocks: members of module lists that hold modules of their own."""
+    """Return the paths of repeated blocks: members of module lists that hold modules of their own.
+
+    A graph holds its tensors in bare modules, where lists are those with numbers for names.
+    """
     paths: list[str] = []
     for name, module in model.named_modules():
-        listed = isinstance(module, nn.ModuleList) or (
-            isinstance(module, nn.Sequential)
-            and len(module) > 1
-            and len({type(child) for child in module}) == 1
-            and any(True for _ in module[0].children())
-        )
-        if listed:
-            paths.extend(f"{name}.{index}" if name else str(index) for index in range(len(module)))
+        several = [*module.children()] if len(module._modules) > 1 else []
+        alike = len({type(child) for child in several}) == 1 and bool(several[0]._modules)
+        numbered = type(module) is nn.Module and all(key.isdigit() for key in module._modules)
+        if isinstance(module, nn.ModuleList) or (alike and (numbered or isinstance(module, nn.Sequential))):
+            paths.extend(f"{name}.{key}" if name else key for key in module._modules)
     return paths
 
 

@@ -136,7 +136,7 @@ def _described(value: Any, alive: list[Any]) -> Any:
         return "partial", _described(value.func, alive), _described((value.args, value.keywords), alive)
     if isinstance(value, PretrainedConfig | GenerationConfig):
         return _described(type(value), alive), _described(vars(value), alive)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
         return _described(type(value), alive), _described(vars(value), alive)
     alive.append(value)
     return type(value).__qualname__, id(value)

@@ -651,6 +651,25 @@ def test_graphs_are_for_inference() -> None:
     assert graph.train(False) is graph
 
 
+def test_a_graph_is_compiled_again_and_has_no_class_to_slim() -> None:
+    model = bert()
+    once, inputs = fxslim.compile(model, ffn=0.5), dict(ARCHITECTURES["bert"].inputs(2, 7))
+    for graph in (once, fxslim.optimize(once), fxslim.inspect(once, inputs)):
+        given = () if isinstance(graph, fxslim.Inspection) else (inputs,)
+        with pytest.raises(InputError, match=r"slim narrows a model's own class, and this is a compiled graph: compile"):
+            fxslim.slim(graph, *given, ffn=0.5)
+    twice: Any = fxslim.compile(once, inputs, ffn=0.5, heads=0.5)
+    left = [(part.site.name, len(part.keep), part.site.units) for part in twice.fxslim.plan]
+    assert left == [
+        (f"bert.encoder.layer.{i}{kind}", kept, units)
+        for i in range(2)
+        for kind, kept, units in ((".attention:attention", 2, 4), (":ffn", 12, 24))
+    ]
+    assert [note.reason for note in twice.fxslim.plan.notes if note.where == "ffn"] == [
+        "a task head behind the last block: left alone unless included"
+    ]
+
+
 def test_what_is_loaded_into_a_graph_does_not_reach_the_model() -> None:
     model = bert()
     before, graph = state(model), fxslim.compile(model, ffn=0.5)
