@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with xquad/ and sst2/")
     parser.add_argument("--recipes", nargs="+", default=[*RECIPES], choices=[*RECIPES])
     parser.add_argument("--sst2-model", type=Path, help="a classifier fine-tuned on SST-2, instead of a new one")
-    parser.add_argument("--epochs", type=float, default=10.0, help="of question answering")
+    parser.add_argument("--epochs", type=float, default=5.0, help="of question answering")
     parser.add_argument("--samples", type=int, default=16384, help="training rows of SST-2")
     parser.add_argument("--rows", type=Path, help="keep figures here as they come, and go on from those that are there")
     given = parser.parse_args()
@@ -51,6 +51,7 @@ def main() -> None:
                 own += ["--per_device_train_batch_size", "32", "--max_train_samples", str(given.samples)]
             else:
                 own += ["--dense", str(Path(folder) / "qa"), "--num_train_epochs", str(given.epochs)]
+                own += ["--per_device_train_batch_size", "8"]
             if name not in done:
                 rows.append(RECIPES[name].main(own))
             if given.rows is not None:
