@@ -116,8 +116,8 @@ def report(rows: Sequence[Row], tasks: Mapping[str, Any]) -> list[str]:
     """Return the text of all rows: a table for every task and group."""
     text = ["# Quality after pruning while training", ""]
     text += ["all-MiniLM-L6-v2, fine-tuned, then pruned while it trains on, narrowed, and scored as it is emitted."]
-    text += ["Differences are to the fine-tuned dense model. A score is of one seed unless a range says otherwise; on the"]
-    text += ["dev set of SST-2 (872 phrases) its standard error is about a point.", ""]
+    text += ["Differences are to the fine-tuned dense model. A score is of one seed unless a range says otherwise;"]
+    text += ["on the dev set of SST-2 (872 phrases) its standard error is about a point.", ""]
     for task in tasks.values():
         for group in GROUPS:
             own = [row for row in rows if row.task == task.name and row.group == group]
