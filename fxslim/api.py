@@ -31,7 +31,9 @@ from fxslim.passes.choose import Request, select
 from fxslim.passes.emit import CompiledModule
 from fxslim.passes.mask import masked as _masked
 from fxslim.passes.narrow import changed_weights, replay, say_sizes
+from fxslim.passes.narrowing import Narrowed, graph_paths
 from fxslim.passes.paths import paths
+from fxslim.passes.planning import MASKS, Subject, subject
 from fxslim.passes.prepare import computed, settle, weights_digest
 from fxslim.passes.regional import is_regional
 from fxslim.passes.sites import Sites
@@ -168,7 +170,7 @@ def slim(
     known = _known(model, example_inputs, data)
     clock = _Clock()
     known = _run(lines.inspecting(tuple(known.known)), known, observer, clock, progress=progress)
-    dense = known.get(lines.Subject).original
+    dense = known.get(Subject).original
     repaired: Repaired | None = None
     if want.recipe is not None:
         build = lines.slim_passes(thorough=True)
@@ -285,11 +287,11 @@ def verify(model: nn.Module, small: nn.Module, *, plan: Plan, example_inputs: An
         raise PlanError("the plan repaired weights: nothing but its own report says how masked and narrowed compare.")
     what = _subject(model, example_inputs)
     candidates = bind(what.model, example_inputs)
-    filled = lines.MASKS if example_inputs is None else frozenset()
+    filled = MASKS if example_inputs is None else frozenset()
     graph = isinstance(small, CompiledModule) or is_regional(small)
     ways = paths(what.model, candidates[0], filled=filled, given=candidates[0], train=not graph)
     if graph:
-        ways = lines.graph_paths(ways)
+        ways = graph_paths(ways)
     try:
         return compare(what.model, small, plan, refer(what.model, plan, ways))
     except VerifyError as error:
@@ -321,12 +323,12 @@ def _known(model: Model, example_inputs: Any, data: Calibration | None = None) -
         raise InputError("an Inspection stands for its model and its example inputs; give no others with it.")
     kept = model.analysis
     assert kept is not None  # see _module
-    subject = _subject(kept.model, kept.example_inputs)
+    what = _subject(kept.model, kept.example_inputs)
     if data is not None and not data.example.keys() <= kept.facts.get(Program).call.example.keys():
         return Facts().adding(_subject(kept.model, dict(data.example)))  # batches hold what was not traced
     if not kept.holds():
-        return Facts().adding(subject)
-    return kept.facts.adding(subject, rebound(kept.facts.get(Program), subject.model))
+        return Facts().adding(what)
+    return kept.facts.adding(what, rebound(kept.facts.get(Program), what.model))
 
 
 def planned(
@@ -404,7 +406,7 @@ def _calibrated(
     Returns:
         What is known of the repaired model, the plan, and what was repaired.
     """
-    subject = known.get(lines.Subject)
+    what = known.get(Subject)
     assert want.recipe is not None
 
     def build(chosen: Plan) -> nn.Module:
@@ -414,7 +416,7 @@ def _calibrated(
     pipeline = calibrating(tuple(known.known), last_pass)
     facts = _run(pipeline, known, observer)
     made, repaired = facts.get(Plan), facts.get(Repaired)
-    after = dataclasses.replace(subject, original=repaired.model, model=repaired.model)
+    after = dataclasses.replace(what, original=repaired.model, model=repaired.model)
     kept = {kind: fact for kind, fact in facts.known.items() if kind not in (Plan, Repaired)}
     facts = Facts(kept).adding(after, rebound(facts.get(Program), repaired.model))
     return facts, made, repaired
@@ -467,7 +469,7 @@ def _narrow(
     clock: _Clock,
 ) -> tuple[nn.Module, Record]:
     failed: VerifyError | None = None
-    bare = Facts().adding(known.get(lines.Subject))
+    bare = Facts().adding(known.get(Subject))
     attempts: list[tuple[int | None, Facts]] = [(None, known)]
     if lines.makes_graph(last):  # what was known may not hold any more, for reasons that an Inspection cannot see
         attempts += [(None, bare)] * (Program in known.known) + [(axes, bare) for axes in OPEN_AXES[1:]]
@@ -488,7 +490,7 @@ def _narrow(
         if failed is not None and open_axes is not None:
             reason = f"traced with sizes fixed: with open ones, other sizes could not be verified ({failed.where})"
             report = dataclasses.replace(report, notes=(*report.notes, Note(where="graph form", reason=reason)))
-        return facts.get(lines.Narrowed).module, Record(facts.get(Plan), report)
+        return facts.get(Narrowed).module, Record(facts.get(Plan), report)
     assert failed is not None
     raise failed
 
@@ -517,9 +519,9 @@ def _bar(pipeline: Pipeline, *, visible: bool) -> Iterator[Observer]:
         yield advance
 
 
-def _subject(model: nn.Module, example_inputs: Any) -> lines.Subject:
+def _subject(model: nn.Module, example_inputs: Any) -> Subject:
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(example_inputs, Plan):
         raise InputError("a plan was given in the place of example_inputs; pass it as plan=.")
-    return lines.subject(model, example_inputs)
+    return subject(model, example_inputs)

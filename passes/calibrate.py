@@ -22,7 +22,8 @@ from fxslim.passes.fitting.budget import Price
 from fxslim.passes.fitting.fit import Recipe, fit
 from fxslim.passes.fitting.latency import Latency
 from fxslim.passes.masking import Masks, masks
-from fxslim.passes.pipelines import Subject, check_plan, cut_of, inspecting, new_plan
+from fxslim.passes.pipelines import inspecting
+from fxslim.passes.planning import Subject, check_plan, cut_of, new_plan
 from fxslim.passes.prepare import fingerprint
 from fxslim.passes.rewrite import example_macs_graph, rewrite
 from fxslim.passes.sites import Sites

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from transformers import GenerationConfig, PretrainedConfig
 
 from fxslim import dtypes
-from fxslim.passes import pipelines
+from fxslim.passes import planning
 from fxslim.program import MEASURED, Program
 from fxslim.sharing import rebound
 
@@ -45,7 +45,7 @@ TABLES = ("_parameters", "_buffers", "_modules", "training")
 def one_trace_each() -> Iterator[None]:
     """Keep the traces that pipelines make, and give them to models that look the same."""
     kept: OrderedDict[Any, tuple[Program, Any]] = OrderedDict()
-    original = pipelines.trace
+    original = planning.trace
 
     def trace(model: nn.Module, *candidates: Mapping[str, Any], **options: Any) -> Program:
         alive: list[Any] = []
@@ -63,7 +63,7 @@ def one_trace_each() -> Iterator[None]:
         return program
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines, "trace", trace)
+        patch.setattr(planning, "trace", trace)
         patch.setattr(dtypes, "trace", trace)
         yield
 

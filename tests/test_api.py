@@ -440,7 +440,7 @@ def test_in_place_changes_nothing_when_verification_fails(monkeypatch: pytest.Mo
     def disagree(*_: Any, **__: Any) -> None:
         raise VerifyError("a site", 1.0, 0.0, "a path")
 
-    monkeypatch.setattr("fxslim.passes.pipelines.compare", disagree)
+    monkeypatch.setattr("fxslim.passes.narrowing.compare", disagree)
     with pytest.raises(VerifyError, match="masked and narrowed models disagree at a site"):
         fxslim.slim(model, ffn=0.5, inplace=True)
     assert same_state(before, state(model))

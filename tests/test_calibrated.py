@@ -32,7 +32,8 @@ from fxslim.passes.fitting.sequences import rows_of
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.passes.fitting.unseen import expect_unseen, weigh_unseen
 from fxslim.passes.masking import Masks, masks
-from fxslim.passes.pipelines import cut_of, inspecting, new_plan, subject
+from fxslim.passes.pipelines import inspecting
+from fxslim.passes.planning import cut_of, new_plan, subject
 from fxslim.passes.sites import Sites
 from fxslim.program import Program
 from fxslim.site import SitePlan

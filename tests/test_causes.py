@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import fxslim
 from fxslim.errors import VerifyError
-from fxslim.passes import pipelines
+from fxslim.passes import narrowing
 
 from agreement import difference, outputs, random_plan
 
@@ -506,7 +506,7 @@ def test_a_width_that_training_mode_knows_is_spread() -> None:
 
 
 def test_a_site_that_fails_on_one_path_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = pipelines.compare
+    compare = narrowing.compare
 
     seen = []
 
@@ -516,7 +516,7 @@ def test_a_site_that_fails_on_one_path_is_left_in_place(monkeypatch: pytest.Monk
             raise VerifyError("first:ffn", 1.0, 0.0, "a path")
         return compare(model, small, plan, references)
 
-    monkeypatch.setattr(pipelines, "compare", fails)
+    monkeypatch.setattr(narrowing, "compare", fails)
     model = built(Two)
     small: Any = fxslim.slim(model, words(2, S, 0), ffn=0.5)
     assert small.fxslim.plan.zeroed == ("first:ffn",)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fxslim
 from fxslim.errors import VerifyError
-from fxslim.passes import pipelines
+from fxslim.passes import narrowing, planning
 from fxslim.pipeline import Pipeline
 from fxslim.plan import Plan
 
@@ -423,8 +423,8 @@ def test_computed_weights_can_be_narrowed(consumer: type[nn.Module]) -> None:
 
 def lossless(model: nn.Module, plan: Plan) -> None:
     """Run the safety net alone: trace the model and compare masked with dense."""
-    passes = pipelines.Trace(), pipelines.Refer(graph=True, lossless=True)
-    Pipeline(passes, given=(pipelines.Subject, Plan)).run(pipelines.subject(model, given()), plan)
+    passes = planning.Trace(), narrowing.Refer(graph=True, lossless=True)
+    Pipeline(passes, given=(planning.Subject, Plan)).run(planning.subject(model, given()), plan)
 
 
 def test_the_safety_net_catches_a_plan_that_loses_something() -> None:
@@ -444,7 +444,7 @@ def test_the_safety_net_catches_a_plan_that_loses_something() -> None:
 def test_the_safety_net_is_part_of_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     wrong = fxslim.plan(model, given(), ffn=0.5)
-    monkeypatch.setattr(pipelines.Choose, "run", lambda self, facts: facts.adding(wrong))
+    monkeypatch.setattr(planning.Choose, "run", lambda self, facts: facts.adding(wrong))
     for form in (fxslim.slim, fxslim.compile):
         with pytest.raises(VerifyError, match="disagree at"):
             form(model, given())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fxslim
-from fxslim.passes import pipelines
+from fxslim.passes import planning
 
 from architectures import ARCHITECTURES
 from once import one_trace_each
@@ -42,7 +42,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(model)
         return trace(model, *candidates, **options)
 
-    monkeypatch.setattr(pipelines, "trace", noting)
+    monkeypatch.setattr(planning, "trace", noting)
     return made
 
 

@@ -13,6 +13,7 @@ from fxslim.inputs import bind
 from fxslim.passes import pipelines as lines
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.cut import Cut, closed
+from fxslim.passes.planning import subject
 from fxslim.pipeline import Facts
 from fxslim.program import Program
 from fxslim.trace import trace
@@ -59,7 +60,7 @@ def labelled(
 
 def known(model: nn.Module, inputs: Any) -> Facts:
     """Return everything that inspecting a module finds."""
-    return lines.inspecting().run(lines.subject(model, inputs))
+    return lines.inspecting().run(subject(model, inputs))
 
 
 def components(program: Program, labels: Labels, tensor: str, dim: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from fxslim.lazy import Spilled
 from fxslim.outofcore import OutOfCore
 from fxslim.passes.narrow import check_fits, replay
 from fxslim.passes.pad import padded
-from fxslim.passes.pipelines import check_plan
+from fxslim.passes.planning import check_plan
 from fxslim.passes.prepare import fingerprint
 from fxslim.plan import Plan
 from fxslim.report import Record

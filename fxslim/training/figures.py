@@ -10,7 +10,7 @@ from torch import nn
 
 from fxslim.count import macs, parameters
 from fxslim.passes.annotate import Labels
-from fxslim.passes.pipelines import Subject, cut_of
+from fxslim.passes.planning import Subject, cut_of
 from fxslim.passes.rewrite import example_macs_graph
 from fxslim.passes.sites import Sites
 from fxslim.program import Program

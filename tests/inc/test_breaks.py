@@ -250,7 +250,7 @@ def test_an_error_in_model_slim_is_raised_and_changes_nothing(monkeypatch: pytes
     def fails(*args: Any, **kwargs: Any) -> None:
         raise VerifyError("somewhere", 1.0, 0.1, "a test")
 
-    monkeypatch.setattr("fxslim.passes.pipelines.compare", fails)
+    monkeypatch.setattr("fxslim.passes.narrowing.compare", fails)
     with pytest.raises(VerifyError):
         model_slim(model, round_multiplier=1)
     untouched(model, before)

@@ -9,6 +9,7 @@ import fxslim
 from fxslim.errors import OrderError, PlanError, RequestError
 from fxslim.passes import pipelines as lines
 from fxslim.passes.choose import Request
+from fxslim.passes.planning import Subject
 from fxslim.pipeline import Facts, Pass, Pipeline
 from fxslim.plan import Plan
 from fxslim.program import Program
@@ -27,18 +28,18 @@ def test_the_table_of_contents() -> None:
     inspect = ["Trace", "Annotate", "Find", "Name", "Order"]
     assert _names(lines.inspecting()) == inspect
     assert _names(lines.choosing(Request())) == [*inspect, "Choose"]
-    slim = lines.narrowing(Request(ffn=0.5), (lines.Subject,), last=lines.slim_passes())
+    slim = lines.narrowing(Request(ffn=0.5), (Subject,), last=lines.slim_passes())
     assert _names(slim) == [*inspect, "Choose", "Take", "Refer", "NarrowModule", "Verify", "Account"]
-    given = lines.narrowing(Request(), (lines.Subject, Plan), last=lines.compile_passes())
+    given = lines.narrowing(Request(), (Subject, Plan), last=lines.compile_passes())
     last = ["Reread", "Pad", "Take", "Refer", "NarrowGraph", "Verify", "Account"]
     assert _names(given) == ["Trace", "Show", "Follow", *inspect[1:], *last]
 
 
 def test_every_pass_may_stand_only_behind_what_it_needs() -> None:
     with pytest.raises(OrderError, match=r"^Annotate needs Program, which no pass before it provides\.$"):
-        Pipeline(lines.INSPECT[1:], given=(lines.Subject,))
+        Pipeline(lines.INSPECT[1:], given=(Subject,))
     with pytest.raises(OrderError, match="Refer needs Plan"):
-        Pipeline((*lines.INSPECT, *lines.slim_passes()), given=(lines.Subject,))
+        Pipeline((*lines.INSPECT, *lines.slim_passes()), given=(Subject,))
 
 
 def test_observers_see_the_graph_before_and_after() -> None:

@@ -21,6 +21,7 @@ from fxslim.passes.fitting.sensitivity import sensitivity
 from fxslim.passes.fitting.sequences import rows_of
 from fxslim.passes.fitting.subjects import subjects_of
 from fxslim.passes.fitting.tape import Tape
+from fxslim.passes.planning import subject
 from fxslim.passes.sites import Sites
 from fxslim.pipeline import Facts
 from fxslim.program import Program
@@ -35,7 +36,7 @@ def found(name: str) -> tuple[nn.Module, list[dict[str, Any]], Facts]:
     model = entry.build(attn="sdpa" if entry.sdpa else "eager")
     shortest = max(8, entry.min_length)
     batches = [entry.inputs(batch=b, length=shortest + more, seed=b) for b, more in ((3, 0), (5, 2), (2, 1))]
-    facts = pipelines.inspecting().run(pipelines.subject(model, batches[0]))
+    facts = pipelines.inspecting().run(subject(model, batches[0]))
     return model, batches, facts
 
 
@@ -164,7 +165,7 @@ def test_sensitivity_is_the_jacobian_of_the_output() -> None:
     """
     model, batches, facts = found("bert")
     model = model.double()
-    facts = pipelines.inspecting().run(pipelines.subject(model, batches[0]))
+    facts = pipelines.inspecting().run(subject(model, batches[0]))
     program = facts.get(Program)
     data = calibration(model, batches[:1])
     subjects, _ = subjects_of(program, facts.get(Sites).sites)
