@@ -16,7 +16,7 @@ from torch import fx
 
 from fxslim.labels import CONSTANT, Value
 from fxslim.passes.annotate import ASSERTIONS, SHAPE_ONLY, Labels, operation
-from fxslim.passes.find import Family, Found
+from fxslim.passes.family import Family, Found
 from fxslim.passes.rules.contraction import GROUPED
 from fxslim.passes.rules.movement import COPIES, MOVES, SPLITS
 from fxslim.passes.rules.pointwise import LIKE_POINTWISE, is_pointwise

@@ -13,7 +13,8 @@ from fxslim.inputs import bind
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
 from fxslim.passes.cut import Cut, closed
-from fxslim.passes.find import Family, Found, find
+from fxslim.passes.family import Family, Found
+from fxslim.passes.find import find
 from fxslim.passes.folding.constants import constants
 from fxslim.passes.folding.foldable import still
 from fxslim.passes.lift import lift

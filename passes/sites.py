@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxslim.match import Match
 from fxslim.passes.annotate import Labels
-from fxslim.passes.find import Family, Found
+from fxslim.passes.family import Family, Found
 from fxslim.passes.name import Naming
 from fxslim.plan import Note
 from fxslim.program import Program, common_path, module_path

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from fxslim.passes.annotate import Labels, operation
-from fxslim.passes.find import tensor_behind
 from fxslim.passes.folding.constants import Constants
 from fxslim.passes.folding.facts import CONSTANT, COPIES
 from fxslim.passes.folding.products import PADDING, pads
 from fxslim.passes.rules.movement import MOVES
 from fxslim.passes.rules.walk import Use, parameter
+from fxslim.passes.slicer import tensor_behind
 from fxslim.program import Program
 from fxslim.site import Fold, Site, Slice
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxslim.passes.annotate import annotate
-from fxslim.passes.find import Found, find
+from fxslim.passes.family import Found
+from fxslim.passes.find import find
 
 from stacks import Attend, Feed, Layer, Stack
 from traced import Function, numbers, traced
