@@ -105,11 +105,11 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
 }
 
 ABOUT: Mapping[str, str] = {
-    "scores": f"Cubic schedule, with distillation, without repair, an update every {EVERY} steps.",
-    "schedules": f"Fisher scores, with distillation, without repair, an update every {EVERY} steps.",
+    "scores": f"Cubic schedule, with distillation, without repair, updates every {EVERY} steps.",
+    "schedules": f"Fisher scores, with distillation, without repair, updates every {EVERY} steps.",
     "options": f"Fisher scores, cubic schedule, {FEW} updates.",
 }
-"""What all rows of a group have in common."""
+"""What the pruned rows of a group have in common."""
 
 
 def report(rows: Sequence[Row], tasks: Mapping[str, Any]) -> list[str]:
@@ -133,8 +133,8 @@ def table(task: Any, group: str, rows: Sequence[Row], dense: Row | None) -> list
     about = f"{task.unit}; {steps} steps; {task.headline} is the one that counts. {ABOUT.get(group, '')}".strip()
     lines = [f"## {task.name}, {group}", "", about, ""]
     heads = [f"{split}, difference" for split in task.splits]
-    lines += [f"| {group} | " + " | ".join(task.splits) + " | " + " | ".join(heads) + " | MACs | parameters | s |"]
-    lines += ["| --- |" + " --- |" * (2 * len(task.splits) + 3)]
+    lines += [f"| {group} | " + " | ".join(task.splits) + " | " + " | ".join(heads) + " | MACs | parameters |"]
+    lines += ["| --- |" + " --- |" * (2 * len(task.splits) + 2)]
     for name in dict.fromkeys(row.name for row in rows):
         own = [row for row in rows if row.name == name]
         cells = [_cell([row.scores[split] for row in own]) for split in task.splits]
@@ -142,7 +142,7 @@ def table(task: Any, group: str, rows: Sequence[Row], dense: Row | None) -> list
             apart = None if dense is None else fmean(row.scores[split] for row in own) - dense.scores[split]
             cells.append("" if apart is None or name == DENSE else f"{apart:+.2f}")
         cells += [f"{fmean(row.macs for row in own):.1%}", f"{fmean(row.parameters for row in own):.1%}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {fmean(row.seconds for row in own):.0f} |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, *verdicts(task, group, rows, dense)]
 
 

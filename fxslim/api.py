@@ -194,10 +194,7 @@ def slim(
             put(dense, {} if repaired is None else repaired.tensors)
             own_config(dense)
             small = replay(dense, record.plan)
-    record = _recorded(record, repaired, weak=weak)
-    earlier = getattr(dense, "fxslim", None)
-    if isinstance(earlier, Record):  # narrowed before: say what was done to the dense model
-        record = dataclasses.replace(record, plan=earlier.plan.then(record.plan))
+    record = _after(dense, _recorded(record, repaired, weak=weak))
     config = getattr(small, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         config.fxslim = record.plan.model_dump(mode="json", exclude_none=True)
@@ -242,11 +239,12 @@ def compile(
     last = lines.compile_passes(narrow=narrow, lossless=lossless)
     data = want.read(_module(model))
     known, clock = _known(model, example_inputs, data), _Clock()
+    dense = known.get(Subject).original
     repaired: Repaired | None = None
     if want.recipe is not None:
         known, plan, repaired = _calibrated(known, want, data, observer, plan=plan, last=last, progress=progress)
     graph, record = _narrow(known, plan, want.request, last, progress, observer, clock)
-    record = _recorded(record, repaired, weak=weak)
+    record = _after(dense, _recorded(record, repaired, weak=weak))
     if isinstance(graph, CompiledModule):
         graph.meta["fxslim"] = record
     else:
@@ -445,6 +443,14 @@ def _recorded(record: Record, repaired: Repaired | None, *, weak: bool) -> Recor
         record.report, plan=plan, fits=repaired.fits, tokens=repaired.tokens, reached=repaired.reached
     )
     return Record(plan, report)
+
+
+def _after(model: nn.Module, record: Record) -> Record:
+    """Say in a record what was done to the dense model, where the given one was narrowed before."""
+    earlier = getattr(model, "fxslim", None)
+    if not isinstance(earlier, Record):
+        return record
+    return dataclasses.replace(record, plan=earlier.plan.then(record.plan))
 
 
 @dataclasses.dataclass

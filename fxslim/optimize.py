@@ -139,7 +139,7 @@ def _placed(inputs: Any, graph: CompiledModule) -> Any:
 
 def _compare(graph: CompiledModule, made: OptimizedModule, ways: tuple[Path, ...]) -> None:
     """Raise an error unless both graphs compute the same along every path."""
-    plan = graph.fxslim.plan.applied()
+    plan = graph.fxslim.plan.spent()
     try:
         compare(graph, made, plan, refer(graph, plan, ways))
     except VerifyError as error:

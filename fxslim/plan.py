@@ -87,8 +87,8 @@ class Plan(Shown, Frozen):
                 raise ValueError(f"site {part.site.name}: a fold of {where} is not about rows that go")
         return self
 
-    def applied(self) -> Plan:
-        """Return the plan with nothing left to take out: what to compare models by that it has been applied to."""
+    def spent(self) -> Plan:
+        """Return the plan as it looks from a model that it was applied to: nothing is left to take out."""
         return self.model_copy(update={"sites": (), "edits": (), "spread": (), "zeroed": (), "config": {}})
 
     def to_json(self, *, indent: int | None = None) -> str:

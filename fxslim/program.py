@@ -168,6 +168,11 @@ def module_path(node: fx.Node) -> str:
     return path
 
 
+def has_forward(module: torch.nn.Module) -> bool:
+    """Tell whether a module can be called: lists cannot, nor can those that hold the tensors of a graph."""
+    return "forward" in vars(module) or type(module).forward is not torch.nn.Module.forward
+
+
 def common_path(paths: Iterable[str]) -> str:
     """Return the deepest module path that contains all given paths."""
     split = [path.split(".") if path else [] for path in paths]

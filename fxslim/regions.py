@@ -16,7 +16,7 @@ from fxslim.calls import by_name, entry, signature_of
 from fxslim.errors import FxslimError, InputError, TraceError
 from fxslim.outside import private, read_outside, storage
 from fxslim.plan import Note
-from fxslim.program import Program, named_tensors
+from fxslim.program import Program, has_forward, named_tensors
 from fxslim.sharing import named_once, share, transient_names, without_caches
 from fxslim.trace import quiet, trace_part
 from fxslim.unite import Part, unite, whole_call
@@ -134,7 +134,7 @@ def recording(module: nn.Module, root: Call) -> Iterator[None]:
 
     try:
         for path, child in module.named_modules():
-            if path and _has_forward(child):
+            if path and has_forward(child):
                 hook = before(path, signature_of(child))
                 handles.append(child.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
                 handles.append(child.register_forward_hook(after, always_call=True))
@@ -142,10 +142,6 @@ def recording(module: nn.Module, root: Call) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
 class _Search:
@@ -278,7 +274,7 @@ def _untraced(model: nn.Module, root: Call, failed: Mapping[str, str], paths: fr
         if path in failed:
             found[path] = failed[path]
             continue
-        reached = not _has_forward(module) or any(one.startswith(inside) for one in called | paths)
+        reached = not has_forward(module) or any(one.startswith(inside) for one in called | paths)
         if not reached and not any(found.get(above) == NEVER_CALLED for above in _parents(path)):
             found[path] = NEVER_CALLED
     return found

@@ -299,7 +299,7 @@ def _program(
         example=example,
         filled=filled & set(example),
         in_spec=pytree.tree_structure(example),
-        out_spec=exported.call_spec.out_spec,
+        out_spec=_returned(model, exported.call_spec.out_spec),
         trailing=trailing,
     )
     given = {name: tensors[tensor] for name, tensor in tensor_of.items()}
@@ -367,6 +367,12 @@ def _range_notes(ranges: tuple[SizeRange, ...]) -> tuple[str, ...]:
         "form takes what the model takes."
         for r in ranges
     )
+
+
+def _returned(model: nn.Module, spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """Return how a model returns its results: export runs the operations of a compiled graph, not its own forward."""
+    call = getattr(getattr(model, "_caller", None), "call", None)
+    return call.out_spec if isinstance(call, CallSpec) else spec
 
 
 def _fixed_sizes(graph: fx.Graph, inputs: tuple[str, ...]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """
     computed = _computed(model, plan)
     check_fits(model, plan, computed)
-    hooked, columns = _places(model, plan)
+    hooked, columns = _places(plan)
     lead = leads(plan.sites)
     constants = fills(plan.sites)
     followed = routers(plan.sites)
@@ -85,11 +85,11 @@ def _computed(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
 
 
 def _places(
-    model: nn.Module, plan: Plan
+    plan: Plan,
 ) -> tuple[dict[str, tuple[tuple[str, int], np.ndarray]], dict[tuple[str, int], np.ndarray]]:
     """Return which input coordinates of which modules, and which columns of which tensors, are masked.
 
-    A module comes with the tensor dimension that its input meets. Modules of a graph hold tensors and are not called.
+    A module comes with the tensor dimension that its input meets.
     """
     hooked: dict[str, tuple[tuple[str, int], np.ndarray]] = {}
     columns: dict[tuple[str, int], np.ndarray] = {}
@@ -99,7 +99,7 @@ def _places(
                 continue
             gone = piece.per_expert(piece.removed(part.gone))
             key = (piece.tensor, piece.dim)
-            if piece.hook is not None and type(model.get_submodule(piece.hook)) is not nn.Module:
+            if piece.hook is not None:
                 hooked[piece.hook] = (key, hooked[piece.hook][1] | gone if piece.hook in hooked else gone)
             else:
                 columns[key] = columns[key] | gone if key in columns else gone

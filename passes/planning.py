@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from fxslim.errors import PlanError, TraceError
+from fxslim.errors import PlanError, TraceError, UnsupportedModelError
 from fxslim.inputs import bind
 from fxslim.passes.annotate import Labels, annotate
 from fxslim.passes.choose import Choice, Request, choose
@@ -17,10 +17,12 @@ from fxslim.passes.family import Family, Found
 from fxslim.passes.find import find
 from fxslim.passes.folding.constants import constants
 from fxslim.passes.folding.foldable import still
+from fxslim.passes.inference.optimized import OptimizedModule
 from fxslim.passes.lift import lift
 from fxslim.passes.name import Naming, names
 from fxslim.passes.pad import padded
 from fxslim.passes.prepare import fingerprint, permanent
+from fxslim.passes.regional import is_regional
 from fxslim.passes.sites import Sites, name_sites, same_slices
 from fxslim.pipeline import Facts
 from fxslim.plan import Plan
@@ -50,7 +52,14 @@ class Subject:
 
 
 def subject(model: nn.Module, example_inputs: Any) -> Subject:
-    """Prepare a model for a pipeline: what is run is a copy that shares the weights and has buffers of its own."""
+    """Prepare a model for a pipeline: what is run is a copy that shares the weights and has buffers of its own.
+
+    Raises:
+        UnsupportedModelError: the model cannot be narrowed, or has become something that cannot be.
+    """
+    if is_regional(model) or isinstance(model, OptimizedModule):
+        made = "optimize made" if isinstance(model, OptimizedModule) else "compile made, region by region,"
+        raise UnsupportedModelError(f"this is what fxslim.{made} of another model: narrow that one.")
     refuse(model)
     return Subject(model, share(permanent(model), buffers=False), example_inputs)
 

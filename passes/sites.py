@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import numpy as np
@@ -15,7 +15,7 @@ from fxslim.passes.annotate import Labels
 from fxslim.passes.family import Family, Found
 from fxslim.passes.name import Naming
 from fxslim.plan import Note
-from fxslim.program import Program, common_path, module_path
+from fxslim.program import Program, common_path, has_forward, module_path
 from fxslim.site import Kind, Site, Slice, blocks_of
 
 
@@ -57,7 +57,7 @@ def name_sites(model: nn.Module, program: Program, labels: Labels, found: Found,
     sites: list[Site] = []
     families: dict[str, Family] = {}
     for _, family, head in rows:
-        site = _site(family, naming, head, taken=families)
+        site = _site(_hooked(model, family), naming, head, taken=families)
         sites.append(site)
         families[site.name] = family
     pinned = tuple(Note(where=r.tensor.removesuffix(".weight"), reason=r.reason) for r in found.refusals)
@@ -114,6 +114,15 @@ def _unread(program: Program) -> tuple[Note, ...]:
     )
 
 
+def _hooked(model: nn.Module, family: Family) -> Family:
+    """Return a family without the hooks of modules that are never called: those that hold a graph's tensors."""
+    slices = tuple(
+        piece if piece.hook is None or has_forward(model.get_submodule(piece.hook))
+        else piece.model_copy(update={"hook": None}) for piece in family.slices
+    )  # fmt: skip
+    return replace(family, slices=slices)
+
+
 def _site(family: Family, naming: Naming, head: bool, *, taken: Mapping[str, Family]) -> Site:
     consumers = [piece.tensor for piece in family.slices if piece.role == "in"]
     match = next((m for m in map(naming.by_consumer, consumers) if m is not None), None)
@@ -161,16 +170,21 @@ def _ends(families: Sequence[Family], labels: Labels) -> list[list[fx.Node]]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Return the paths of repeated blocks: members of module lists that hold modules of their own.
+    """Return the paths of repeated blocks: members of module lists, and of sequences of alike modules of several.
 
-    A graph holds its tensors in bare modules, where lists are those with numbers for names.
+    A graph holds its tensors in modules that cannot be called; there it is a guess, by numbers for names.
     """
     paths: list[str] = []
     for name, module in model.named_modules():
-        several = [*module.children()] if len(module._modules) > 1 else []
-        alike = len({type(child) for child in several}) == 1 and bool(several[0]._modules)
-        numbered = type(module) is nn.Module and all(key.isdigit() for key in module._modules)
-        if isinstance(module, nn.ModuleList) or (alike and (numbered or isinstance(module, nn.Sequential))):
+        members = [*module._modules.values()]
+        several = bool(members) and all(member is not None and bool(member._modules) for member in members)
+        if isinstance(module, nn.Sequential):
+            alike = len(members) > 1 and len({type(member) for member in members}) == 1
+            listed = alike and any(True for _ in module[0].children())
+        else:
+            numbered = not has_forward(module) and all(key.isdigit() for key in module._modules)
+            listed = isinstance(module, nn.ModuleList) or (several and numbered)
+        if listed:
             paths.extend(f"{name}.{key}" if name else key for key in module._modules)
     return paths
 

@@ -651,23 +651,40 @@ def test_graphs_are_for_inference() -> None:
     assert graph.train(False) is graph
 
 
-def test_a_graph_is_compiled_again_and_has_no_class_to_slim() -> None:
-    model = bert()
-    once, inputs = fxslim.compile(model, ffn=0.5), dict(ARCHITECTURES["bert"].inputs(2, 7))
-    for graph in (once, fxslim.optimize(once), fxslim.inspect(once, inputs)):
-        given = () if isinstance(graph, fxslim.Inspection) else (inputs,)
+def test_a_graph_has_no_class_to_slim_and_what_is_final_is_refused() -> None:
+    once, inputs = compiled(), ids()
+    for graph, more in ((once, (inputs,)), (fxslim.inspect(once, inputs), ())):
         with pytest.raises(InputError, match=r"a model's own class, and this is a compiled graph: compile takes"):
-            fxslim.slim(graph, *given, ffn=0.5)
-    twice: Any = fxslim.compile(once, inputs, ffn=0.5, heads=0.5)
-    left = [(part.site.name, len(part.keep), part.site.units) for part in twice.fxslim.plan]
-    assert left == [
-        (f"bert.encoder.layer.{i}{kind}", kept, units)
-        for i in range(2)
-        for kind, kept, units in ((".attention:attention", 2, 4), (":ffn", 12, 24))
-    ]
-    assert [note.reason for note in twice.fxslim.plan.notes if note.where == "ffn"] == [
-        "a task head behind the last block: left alone unless included"
-    ]
+            fxslim.slim(graph, *more, ffn=0.5)
+    for read in (fxslim.compile, fxslim.inspect, fxslim.plan):
+        with pytest.raises(UnsupportedModelError, match=r"what fxslim\.optimize made of another model: narrow that"):
+            read(fxslim.optimize(once), inputs)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["bert_classify", "llama_gqa"])
+@pytest.mark.parametrize("form", ["compiled", "exported"])
+def test_graphs_are_compiled_again(name: str, form: str) -> None:
+    """Modules of a graph are not called: what is masked are columns. Task heads are told from blocks as before."""
+    model = ARCHITECTURES[name].build(torch.float64)
+    inputs = dict(ARCHITECTURES[name].inputs(2, 7))
+    small: Any = fxslim.slim(model, ffn=0.5)
+    once: Any = fxslim.compile(model, plan=small.fxslim.plan)
+    if form == "exported":
+        inputs |= {} if name == "bert_classify" else {"use_cache": False}
+        once = torch.export.export(small, (), inputs).module()
+    plan, own = (fxslim.plan(one, inputs, ffn=0.5, heads=0.5) for one in (once, small))
+    assert [(p.site.name, p.keep) for p in plan] == [(p.site.name, p.keep) for p in own]
+    assert plan.notes == own.notes
+    with torch.no_grad(), fxslim.masked(once, plan):
+        want = outputs(once, inputs)
+    assert difference(want, outputs(once, inputs)) > 1e-3
+    twice: Any = fxslim.compile(once, inputs, plan=plan)
+    assert difference(want, outputs(twice, inputs)) <= 1e-9
+    if form == "compiled":
+        whole = twice.fxslim.plan  # of the dense model, both times together
+        assert {p.site.units for p in whole if p.site.kind == "ffn"} <= {48}
+        with fxslim.masked(model, whole.model_copy(update={"edits": ()})):
+            assert difference(outputs(model, inputs), want) <= 1e-9
 
 
 def test_what_is_loaded_into_a_graph_does_not_reach_the_model() -> None:

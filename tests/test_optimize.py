@@ -387,9 +387,11 @@ def test_what_packed_products_would_do_wrong_is_refused(monkeypatch: pytest.Monk
     for write in (pickle.dumps, lambda own: own.state_dict()):
         with pytest.raises(UnsupportedModelError, match=r"for this process alone.*optimize that again"):
             write(made)
-    for read in (fxslim.inspect, fxslim.slim, fxslim.compile):
-        with pytest.raises(UnsupportedModelError, match=r"packed_\d+ is laid out for products of oneDNN alone"):
+    for read in (fxslim.inspect, fxslim.plan, fxslim.compile):
+        with pytest.raises(UnsupportedModelError, match=r"fxslim\.optimize made of another model: narrow that one"):
             read(made, x)
+        with pytest.raises(UnsupportedModelError, match=r"packed_\d+ is laid out for products of oneDNN alone"):
+            read(nn.Sequential(made), x)
     with torch.backends.mkldnn.flags(enabled=False), pytest.raises(UnsupportedModelError, match="nothing to prepack"):
         fxslim.optimize(graph, prepack=True)
 

@@ -51,7 +51,6 @@ def main() -> None:
                 own += ["--per_device_train_batch_size", "32", "--max_train_samples", str(given.samples)]
             else:
                 own += ["--dense", str(Path(folder) / "qa"), "--num_train_epochs", str(given.epochs)]
-                own += ["--per_device_train_batch_size", "8"]
             if name not in done:
                 rows.append(RECIPES[name].main(own))
             if given.rows is not None:

@@ -115,6 +115,7 @@ def options(prog: str, text: str | None, **defaults: float) -> argparse.Argument
 def qa_options(prog: str, text: str | None, **defaults: float) -> argparse.ArgumentParser:
     """Return the options of a recipe for question answering; see `options`."""
     parser = options(prog, text, distill_loss_weight=4.5, **defaults)
+    parser.set_defaults(num_train_epochs=5.0, per_device_train_batch_size=8)
     parser.add_argument("--max_seq_length", type=int, default=384)
     parser.add_argument("--doc_stride", type=int, default=128)
     parser.add_argument("--test", type=float, default=0.2, help="part of a file's paragraphs that is tested on")

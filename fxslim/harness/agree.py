@@ -57,7 +57,7 @@ def check_agreement(models: Mapping[str, nn.Module], inputs: Mapping[str, Any], 
         twin = first.setdefault(_cut(plan), name)
         own = next((other for other in dense if prints[other] == plan.fingerprint), None)
         if twin != name:
-            notes += _compared(models, twin, plan.applied(), name, inputs, f"{twin} and {name}")
+            notes += _compared(models, twin, plan.spent(), name, inputs, f"{twin} and {name}")
         elif plan.weights_changed:
             notes.append(f"{name}: its weights were repaired, so that no dense model computes the same")
         elif own is None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxslim
 from fxslim.passes.annotate import Labels
-from fxslim.passes.sites import Sites, same_slices
+from fxslim.passes.sites import Sites, _blocks, same_slices
 from fxslim.program import Program
 from fxslim.text import label_lines, program_lines, site_lines
 
@@ -23,6 +23,34 @@ from stacks import Attend, Feed, Stack
 from traced import known
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
+
+
+class Blocks(nn.Module):
+    """One block in a list, several in a sequence, and a head of unlike parts."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(layers + 2)]
+        self.layers, self.more = nn.ModuleList(blocks[:layers]), nn.Sequential(*blocks[layers:])
+        self.head = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        result: torch.Tensor = self.head(self.more(x))
+        return result
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_blocks_of_a_graph_are_those_of_its_model(layers: int) -> None:
+    model, x = Blocks(layers).eval(), torch.randn(2, 3, 4)
+    assert set(_blocks(model)) == {*(f"layers.{i}" for i in range(layers)), "more.0", "more.1"}
+    for graph in (fxslim.compile(model, x), torch.export.export(model, (x,)).module()):
+        assert set(_blocks(graph)) == set(_blocks(model))
+        plans = [fxslim.plan(one, x, ffn=0.5) for one in (model, graph)]
+        assert [part.site.name for part in plans[0]] == [part.site.name for part in plans[1]]
+        assert [note.where for note in plans[0].notes] == [note.where for note in plans[1].notes]
+        assert "head:ffn" in [note.where for note in plans[1].notes]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama_gqa", "gpt2", "bart"])
