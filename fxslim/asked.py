@@ -33,8 +33,9 @@ class Fractions(TypedDict, total=False):
         value: fraction of the value channels that all heads of an attention share, and of those of every attention
             whose heads do not go, equally many per head.
         round_to: round the kept number of rows in each consumer up to a multiple.
-        include: globs over module paths: only there; task heads only where included.
-        skip: globs over module paths: not there.
+        include: globs over module paths and site names (``*:attention`` is a kind): only there; task heads only where
+            included.
+        skip: globs over module paths and site names: not there.
     """
 
     ffn: float
@@ -145,9 +146,13 @@ def wanted(asked: Asked, *, planned: bool = False) -> Wanted:
     return _with_data(asked, request, budget, planned=planned)
 
 
+SAME = {"exclude": "skip", "excluded": "skip", "frequency": "every", "pruning_frequency": "every", "criterion": "score"}
+"""What others call some keywords."""
+
+
 def nearest(name: str, known: Sequence[str], mark: str = "") -> str:
     """Return a question after the nearest known name, to end an error with; nothing where none is near."""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [SAME[name]] if SAME.get(name) in known else difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]}{mark}?" if near else ""
 
 

@@ -374,12 +374,15 @@ def rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.n
 
 def unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
     kinds = {site.kind for site in sites}
+    left = " that include= and skip= leave" if request.include or request.skip else ""
     if request.ffn and not kinds & set(FFN):
-        yield Note(where="ffn", reason="no feed-forward site was found; fxslim.inspect(model) says why")
+        yield Note(where="ffn", reason=f"no feed-forward site was found{left}; fxslim.inspect(model) says why")
     if (request.heads or request.kv_groups) and "attention" not in kinds and not any(site.of_values for site in sites):
-        yield Note(where="heads", reason="no attention site was found; fxslim.inspect(model) says why")
+        yield Note(where="heads", reason=f"no attention site was found{left}; fxslim.inspect(model) says why")
     if request.experts and "experts" not in kinds:
-        yield Note(where="experts", reason="no experts were found that can go; fxslim.inspect(model) says why")
+        yield Note(
+            where="experts", reason=f"no experts were found{left or ' that can go'}; fxslim.inspect(model) says why"
+        )
     if request.value and not any(site.of_values for site in sites):
         yield Note(where="value", reason="no attention was found whose value channels can go by themselves")
 

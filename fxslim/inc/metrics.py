@@ -19,7 +19,7 @@ class Metric:
         greater_is_better: whether more is better.
         is_relative: whether ``criterion`` is a part of the dense model's value; otherwise it is an absolute difference.
         criterion: how much may be lost.
-        weight_ratio: how much it counts among several; None for the same as the others.
+        weight_ratio: has no effect: of several metrics, each has to hold by itself.
     """
 
     name: str

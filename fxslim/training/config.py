@@ -139,7 +139,8 @@ class PruningConfig:
         scope: ``local``, the same fraction everywhere; ``global``, one threshold over all sites of a kind.
         limits: with ``global``, the least and the largest fraction of one site or layer.
         round_to: round the kept number of rows in each consumer up to a multiple.
-        include: globs over module paths and site names: only there; task heads only where included.
+        include: globs over module paths and site names (``*:attention`` is a kind): only there; task heads only where
+            included.
         skip: globs over module paths and site names: not there.
         distill: learn from the dense model beside the task; True for the defaults of `Distillation`.
     """

@@ -28,8 +28,10 @@ class Figures:
         step: how many optimizer steps were taken.
         sparsity: what of -> the fraction that is masked.
         quantiles: of the scores of what is left: the tenth, the half, nine tenths.
-        parameters: how many will be left when the masked units are taken out; exact, where all of them can be.
-        macs: multiply-accumulates on the traced example: the fraction that will be left.
+        parameters: how many are left when the masked units are taken out; exact, where all of them can be.
+        macs: multiply-accumulates on the traced example: the fraction that is left then.
+        final_parameters: how many will be left at the end: if everything that goes went by today's scores.
+        final_macs: the fraction that will be left then.
     """
 
     step: int
@@ -37,6 +39,8 @@ class Figures:
     quantiles: tuple[float, ...]
     parameters: int
     macs: float
+    final_parameters: int
+    final_macs: float
 
     def to_dict(self) -> dict[str, float]:
         """Return them as they are logged."""
@@ -46,12 +50,15 @@ class Figures:
             **dict(zip(names, self.quantiles, strict=True)),
             "parameters_left": self.parameters,
             "macs_left": self.macs,
+            "parameters_final": self.final_parameters,
+            "macs_final": self.final_macs,
         }
 
     def __str__(self) -> str:
         sparsity = ", ".join(f"{name} {value:.1%}" for name, value in self.sparsity.items())
         size = f"{self.parameters / 1e6:.1f}M parameters, {self.macs:.1%} of MACs"
-        return f"step {self.step}: {sparsity} masked; {size} left"
+        end = f"{self.final_parameters / 1e6:.1f}M, {self.final_macs:.1%}"
+        return f"step {self.step}: {sparsity} masked; {size} left, {end} at the end"
 
 
 def quantiles(scores: list[np.ndarray]) -> tuple[float, ...]:
@@ -75,6 +82,10 @@ class Estimate:
         self.dense_macs = max(macs(self.program.graph).total, 1)
         self._known: dict[tuple[tuple[str, int], ...], float] = {}
 
+    def of(self, parts: tuple[SitePlan, ...]) -> tuple[int, float]:
+        """Return how many parameters and which fraction of multiply-accumulates are left."""
+        return self.parameters(parts), self.macs(parts)
+
     def parameters(self, parts: tuple[SitePlan, ...]) -> int:
         """Return how many parameters are left."""
         gone: dict[str, list[float]] = {}
@@ -92,5 +103,6 @@ class Estimate:
         key = tuple((part.site.name, len(part.keep)) for part in parts)
         if key not in self._known:
             cut = cut_of(self.labels, self.sites, parts)
-            self._known = {key: macs(example_macs_graph(self.program, cut)).total / self.dense_macs}
+            latest = dict([*self._known.items()][-3:])  # masks change, what they come to at the end hardly does
+            self._known = latest | {key: macs(example_macs_graph(self.program, cut)).total / self.dense_macs}
         return self._known[key]

@@ -214,12 +214,11 @@ class Pruner:
     def figures(self) -> Figures:
         """Return what pruning has come to."""
         left = quantiles([part.scores() for part in self._parts()])
-        parts = () if self.units is None else self.units.parts()
-        if self.estimate is None:
-            count, share = sum(p.numel() for p in self.model.parameters()), 1.0
+        if self.estimate is None or self.units is None:
+            now = end = sum(p.numel() for p in self.model.parameters()), 1.0
         else:
-            count, share = self.estimate.parameters(parts), self.estimate.macs(parts)
-        return Figures(self.step, self.sparsity(), left, count, share)
+            now, end = map(self.estimate.of, (self.units.parts(), self.units.parts(final=not self.settled)))
+        return Figures(self.step, self.sparsity(), left, *now, *end)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write masks, scores and schedule into a folder, beside a checkpoint of the model."""

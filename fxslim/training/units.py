@@ -239,6 +239,15 @@ class MaskedUnits:
         Args:
             change: the fraction that goes at the end -> the one that goes now.
         """
+        chosen = self._chosen(change)
+        device = next(iter(self.tensors.values())).device
+        every = agreed(torch.from_numpy(np.concatenate(chosen)), device).numpy()
+        for own, gone in zip(self.sites, np.split(every, np.cumsum([len(gone) for gone in chosen])[:-1]), strict=True):
+            own.gone = gone.copy()
+        self._set_masks()
+
+    def _chosen(self, change: Callable[[float], float]) -> list[np.ndarray]:
+        """Return what goes of every site by today's scores; what is masked already is part of it."""
         request = self.config.request(change)
         scores = {own.site.name: self._scores(own) for own in self.sites}
         requests = self._shared(change, scores) if self.config.scope == "global" else {}
@@ -247,11 +256,7 @@ class MaskedUnits:
             seen = Measured(own.gone, scores[own.site.name], own.groups(scores[own.site.name]), real=True)
             gone, _ = pick(own.site, seen, requests.get(own.site.name, request))
             chosen.append(rounded(own.site, gone, seen, self.config.round_to) | own.gone)
-        device = next(iter(self.tensors.values())).device
-        every = agreed(torch.from_numpy(np.concatenate(chosen)), device).numpy()
-        for own, gone in zip(self.sites, np.split(every, np.cumsum([len(gone) for gone in chosen])[:-1]), strict=True):
-            own.gone = gone.copy()
-        self._set_masks()
+        return chosen
 
     def _scores(self, own: MaskedSite) -> np.ndarray:
         """Return the scores of a site's units; those of weights are as the weights are now."""
@@ -298,8 +303,12 @@ class MaskedUnits:
             sites = [own for own in self.sites if own.asked == asked]
             units = sum(own.site.units for own in sites)
             wanted = part_of(getattr(self.config, asked), units)
-            most, least = (sum(self._limits(own)[i] * len(units_by_group(own.site)) for own in sites) for i in (1, 0))
-            if wanted > most or (wanted and wanted < least):
+            groups = [len(units_by_group(own.site)) for own in sites]
+            most, least = (
+                sum(self._limits(own)[i] * count for own, count in zip(sites, groups, strict=True)) for i in (1, 0)
+            )
+            rounding = sum(groups)  # of every group's limits, by less than a unit
+            if wanted >= most + rounding or (wanted and wanted <= least - rounding):
                 raise RequestError(
                     f"{asked}={getattr(self.config, asked)} is {wanted} of {units} units, and limits="
                     f"{self.config.limits} let {least} to {most} go."
@@ -357,12 +366,13 @@ class MaskedUnits:
 
     # What is told and kept --------------------------------------------------------------------------------------------
 
-    def parts(self) -> tuple[SitePlan, ...]:
-        """Return what is left of every site of which anything is masked."""
+    def parts(self, *, final: bool = False) -> tuple[SitePlan, ...]:
+        """Return what is left of every site of which anything is masked; final: would be, if all went by now."""
+        every = self._chosen(lambda fraction: fraction) if final else [own.gone for own in self.sites]
         return tuple(
-            SitePlan(site=own.site, keep=tuple(np.flatnonzero(~own.gone).tolist()))
-            for own in self.sites
-            if own.gone.any()
+            SitePlan(site=own.site, keep=tuple(np.flatnonzero(~gone).tolist()))
+            for own, gone in zip(self.sites, every, strict=True)
+            if gone.any()
         )
 
     def sparsity(self) -> dict[str, float]:

@@ -193,7 +193,8 @@ class MaskedWeights:
             sum(self._limits(own)[i] * size for own, size in zip(self.layers, sizes, strict=True)) for i in (0, 1)
         )
         wanted = self.asked.fraction * sum(own.gone.numel() for own in self.layers)
-        if not least - max(sizes) < wanted < most + max(sizes):
+        rounding = sum(sizes)  # of every layer's limits, by less than a block
+        if not least - rounding < wanted < most + rounding:
             raise RequestError(
                 f"fraction={self.asked.fraction} is {wanted:.0f} weights, and limits={self.config.limits} let "
                 f"{least:.0f} to {most:.0f} go."

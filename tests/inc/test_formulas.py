@@ -200,6 +200,16 @@ def test_limits_of_layers() -> None:
     assert zeros == [96, 160 - 96]  # three quarters of 128; half of all 320 in all
 
 
+@pytest.mark.parametrize("target", [0.98, 0.99])
+def test_nearly_everything_goes_up_to_the_limit_of_every_layer(target: float) -> None:
+    """The default limit is 0.98 of a layer: more than that never went, and layers round it down."""
+    model = net()
+    conf = WeightPruningConfig(pruning_type="magnitude", pattern="1x1", target_sparsity=target)
+    prepare_pruning(model, conf, torch.optim.SGD(model.parameters(), lr=RATE)).on_train_end()
+    zeros = [(layer.weight == 0).sum().item() for layer in (model.up, model.down)]
+    assert zeros == [math.floor(0.98 * 128), math.floor(0.98 * 192)]
+
+
 def test_zeros_that_are_there_are_kept_and_no_others() -> None:
     model = net()
     with torch.no_grad():

@@ -154,6 +154,15 @@ def test_what_is_not_there_is_reported() -> None:
     assert [(note.where, note.reason.split(";")[0]) for note in notes] == [("ffn", "no feed-forward site was found")]
 
 
+def test_kinds_are_left_out_by_the_names_of_their_sites() -> None:
+    tensors = _tensors(FFN, [1] * 6) | _tensors(HEADS, [1] * 4)
+    found = choose([FFN, HEADS], tensors, Request(ffn=0.5, heads=0.5, skip=("*:ffn",)))
+    assert set(_gone(found)) == {"attn:attention"}
+    assert [note.reason.split(";")[0] for note in found.notes] == [
+        "no feed-forward site was found that include= and skip= leave"
+    ]
+
+
 TWO = (_site("blocks.0.mlp:ffn", 4), _site("blocks.1.mlp:ffn", 4), _site("head:ffn", 4, head=True))
 
 

@@ -16,6 +16,8 @@ from fxslim.training.patterns import pattern_of
     ("asked", "says"),
     [
         ({}, "say what is to go"),
+        ({"ffn": 0.5, "exclude": "a"}, r"no exclude=\. Did you mean skip="),
+        ({"ffn": 0.5, "pruning_frequency": 9}, r"no pruning_frequency=\. Did you mean every="),
         ({"ffnn": 0.5}, r"no ffnn=\. Did you mean ffn="),
         ({"ffn": 1.0}, "at least one has to stay"),
         ({"ffn": -0.1}, "fraction to remove"),

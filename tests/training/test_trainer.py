@@ -65,6 +65,9 @@ def test_a_trained_model_is_narrowed_without_loss(tmp_path: Path) -> None:
     assert logged[-1]["pruning/parameters_left"] == small.fxslim.report.parameters_after
     report = small.fxslim.report
     assert logged[-1]["pruning/macs_left"] == pytest.approx(report.macs_after / report.macs_before, abs=1e-5)
+    assert {entry["pruning/parameters_final"] for entry in logged} == {report.parameters_after}
+    assert {entry["pruning/macs_final"] for entry in logged} == {logged[-1]["pruning/macs_left"]}
+    assert logged[0]["pruning/parameters_left"] > report.parameters_after
     assert logged[-1]["pruning/score_q10"] <= logged[-1]["pruning/score_q50"] <= logged[-1]["pruning/score_q90"]
 
 

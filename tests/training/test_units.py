@@ -296,6 +296,8 @@ def test_real_models_can_be_narrowed_after_every_update(name: str) -> None:
         asked: Any = {"ffn": 0.6, "heads": 0.5, "scope": scope, "start": 0, "end": 3, "every": 1, "schedule": "linear"}
         pruner = fxslim.Pruner(model, fxslim.PruningConfig(**asked), optimizer=optimizer)
         assert pruner.units is not None
+        expected = pruner.figures()
+        assert (expected.parameters, expected.macs) == (sum(p.numel() for p in model.parameters()), 1.0)
         for _ in range(3):
             sum(v.float().square().mean() for v in tensors_of(model, inputs)).backward()  # type: ignore[union-attr]
             pruner.before_step()
@@ -311,6 +313,9 @@ def test_real_models_can_be_narrowed_after_every_update(name: str) -> None:
         assert plan == {part.site.name: part.keep for part in pruner.units.parts()}
         assert small.fxslim.report.parameters_after == figures.parameters
         assert small.fxslim.report.macs_after / small.fxslim.report.macs_before == pytest.approx(figures.macs)
+        assert (figures.final_parameters, figures.final_macs) == (figures.parameters, figures.macs)
+        if scope == "local":
+            assert (expected.final_parameters, expected.final_macs) == (figures.parameters, figures.macs)
         wanted = {own.site.name: own.gone.sum() for own in pruner.units.sites}
         if scope == "local":
             asked_plan = fxslim.plan(architecture.build(attn="sdpa"), ffn=0.6, heads=0.5)
@@ -390,6 +395,17 @@ def test_one_threshold_over_all_layers_within_limits(limits: tuple[float, float]
     pruner.after_step()
     assert pruner.units is not None
     assert [int(own.gone.sum()) for own in pruner.units.sites] == expected
+
+
+def test_limits_are_rounded_by_layer() -> None:
+    """0.98 of all 20 are 19, of each 10 are 9: no layer goes as a whole, nor beyond its limit."""
+    config = fxslim.PruningConfig(ffn=0.98, score="magnitude", scope="global", limits=(0.0, 0.98),
+                                  schedule="one_shot", start=1, end=1)  # fmt: skip
+    pruner = fxslim.Pruner(two_layers(), config, example_inputs=Stack((Feed(hidden=10),)).inputs())
+    pruner.before_step()
+    pruner.after_step()
+    assert pruner.units is not None
+    assert [int(own.gone.sum()) for own in pruner.units.sites] == [9, 9]
 
 
 def test_limits_that_cannot_be_met() -> None:
