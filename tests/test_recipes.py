@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertModel, BertTokenizerFast
 
 from benchmarks.recipes import classify_magnitude, common, qa_auto, qa_ffn, qa_heads, squad
-from benchmarks.recipes.__main__ import table
+from benchmarks.recipes.__main__ import RECIPES, table
 from fxslim.inc import auto_slim
 
 from agreement import difference, outputs
@@ -206,6 +207,38 @@ def test_paragraphs_are_split_whole_and_the_same_way_each_time(tmp_path: Path) -
     assert (len(train), len(test)) == (24, 6)
     assert squad.split(found, 0.2) == (train, test)
     assert sorted(q.context for q in train + test) == sorted(q.context for own in found for q in own)
+
+
+def test_data_of_the_hub_is_what_a_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns of SQuAD and SST-2 as they are on the hub, served by a package of that name."""
+    own = [q for paragraph in squad.read(Path(paragraphs(tmp_path / "data.json", 3))) for q in paragraph]
+    answers = [{"text": list(q.answers), "answer_start": [q.start] * len(q.answers)} for q in own]
+    rows = [
+        {"question": f" {q.question}", "context": q.context, "answers": a} for q, a in zip(own, answers, strict=True)
+    ]
+    sentences = [{"sentence": "fine", "label": 1}, {"sentence": "dull", "label": 0}]
+    served = {("squad",): {"train": rows, "validation": rows[:2]},
+              ("glue", "sst2"): {"train": sentences, "validation": sentences[:1]}}  # fmt: skip
+    package = types.SimpleNamespace(load_dataset=lambda *name: served[name])
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    assert squad.from_hub("squad") == (own, own[:2])
+    assert classify_magnitude.phrases("glue") == [[(1, "fine"), (0, "dull")], [(1, "fine")]]
+
+
+def test_every_command_of_the_page_says_what_a_recipe_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TakenError(Exception):
+        pass
+
+    def taken(given: Any) -> None:
+        raise TakenError
+
+    page = (Path(__file__).parent.parent / "MIGRATING.md").read_text(encoding="utf-8")
+    lines = [line.split()[2:] for line in page.splitlines() if line.startswith("python -m benchmarks.recipes.")]
+    assert [words[0].rpartition(".")[2] for words in lines] == [*RECIPES]
+    for words, recipe in zip(lines, RECIPES.values(), strict=True):
+        monkeypatch.setattr(recipe, "Questions" if hasattr(recipe, "Questions") else "phrases", taken)
+        with pytest.raises(TakenError):
+            recipe.main(words[1:])
 
 
 def test_data_of_the_hub_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
