@@ -152,11 +152,11 @@ def verdicts(task: Any, group: str, rows: Sequence[Row], dense: Row | None) -> l
     for (name, row), bound in BOUNDS.items():
         own = [r for r in rows if r.name == row]
         if group == "headline" and name == task.name and own and dense is not None:
-            lost = {split: dense.scores[split] - fmean(r.scores[split] for r in own) for split in task.splits}
-            main = lost.pop(task.headline)
-            others = "".join(f"; {-value:+.2f} on {split}" for split, value in lost.items())
-            found.append(f"* {row}: {-main:+.2f} points to dense on {task.headline}, at least {-bound:g} asked: "
-                         f"{'holds' if main <= bound else 'does not hold'}{others}.")  # fmt: skip
+            apart = {split: fmean(r.scores[split] for r in own) - dense.scores[split] for split in task.splits}
+            main = apart.pop(task.headline)
+            others = "".join(f"; {value:+.2f} on {split}" for split, value in apart.items())
+            found.append(f"* {row}: {main:+.2f} points to dense on {task.headline}, at least {-bound:g} asked: "
+                         f"{'holds' if main >= -bound else 'does not hold'}{others}.")  # fmt: skip
     return ["", *found] if found else []
 
 
