@@ -60,8 +60,8 @@ def main() -> None:
         "",
         "all-MiniLM-L6-v2 with a fresh head. XQuAD-en is small: answers are few to learn from, and F1 is far from that",
         "of models trained on all of SQuAD. What is pruned is trained as long again as the dense model was, which of",
-        "questions is its teacher; the first recipe's seconds are of both. Masks of single weights leave a model's size",
-        "as it is.",
+        "questions is its teacher; the first recipe's seconds are of both. Masks of single weights leave sizes as they",
+        "are.",
         "",
         *table(rows),
     ]

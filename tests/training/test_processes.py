@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,12 @@ def test_accelerate(tmp_path: Path) -> None:
     assert masks(pruner) == loop(build(), batches(8))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+NEEDS_CC = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=[NEEDS_CC, pytest.mark.slow])]
+)
 def test_compiled_models_see_the_masks(backend: str) -> None:
     """Also where the model ran compiled before there were masks."""
     expected = loop(build(), batches(8))
