@@ -162,12 +162,12 @@ def slim(
     """
     want = wanted(asked, planned=plan is not None)
     _check(plan, want)
-    if isinstance(_module(model), CompiledModule):
-        raise InputError("slim narrows a model's own class, and this is a compiled graph: compile takes graphs, too.")
     plain = plan is None and want.recipe is None
     lossless, weak = plain and want.request.lossless, plain and not want.request.lossless
     data = want.read(_module(model))
     known = _known(model, example_inputs, data)
+    if isinstance(_module(model), CompiledModule):
+        raise InputError("slim narrows a model's own class, and this is a compiled graph: compile takes graphs, too.")
     clock = _Clock()
     known = _run(lines.inspecting(tuple(known.known)), known, observer, clock, progress=progress)
     dense = known.get(Subject).original
@@ -194,7 +194,10 @@ def slim(
             put(dense, {} if repaired is None else repaired.tensors)
             own_config(dense)
             small = replay(dense, record.plan)
-    record = _after(dense, _recorded(record, repaired, weak=weak))
+    record = _recorded(record, repaired, weak=weak)
+    earlier = getattr(dense, "fxslim", None)
+    if isinstance(earlier, Record):  # narrowed before: say what was done to the dense model
+        record = dataclasses.replace(record, plan=earlier.plan.then(record.plan))
     config = getattr(small, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         config.fxslim = record.plan.model_dump(mode="json", exclude_none=True)
@@ -227,7 +230,8 @@ def compile(
         **asked: fractions or a target, and how to choose: see `fxslim.asked.Asked`.
 
     Returns:
-        A GraphModule (or a module with graphs inside) whose ``.fxslim`` holds the plan and the report; for inference.
+        A GraphModule (or a module with graphs inside) whose ``.fxslim`` holds the plan, in terms of the model that was
+        given, and the report; for inference.
 
     Raises:
         VerifyError: masked and narrowed differ; otherwise as `slim`.
@@ -239,12 +243,11 @@ def compile(
     last = lines.compile_passes(narrow=narrow, lossless=lossless)
     data = want.read(_module(model))
     known, clock = _known(model, example_inputs, data), _Clock()
-    dense = known.get(Subject).original
     repaired: Repaired | None = None
     if want.recipe is not None:
         known, plan, repaired = _calibrated(known, want, data, observer, plan=plan, last=last, progress=progress)
     graph, record = _narrow(known, plan, want.request, last, progress, observer, clock)
-    record = _after(dense, _recorded(record, repaired, weak=weak))
+    record = _recorded(record, repaired, weak=weak)
     if isinstance(graph, CompiledModule):
         graph.meta["fxslim"] = record
     else:
@@ -443,14 +446,6 @@ def _recorded(record: Record, repaired: Repaired | None, *, weak: bool) -> Recor
         record.report, plan=plan, fits=repaired.fits, tokens=repaired.tokens, reached=repaired.reached
     )
     return Record(plan, report)
-
-
-def _after(model: nn.Module, record: Record) -> Record:
-    """Say in a record what was done to the dense model, where the given one was narrowed before."""
-    earlier = getattr(model, "fxslim", None)
-    if not isinstance(earlier, Record):
-        return record
-    return dataclasses.replace(record, plan=earlier.plan.then(record.plan))
 
 
 @dataclasses.dataclass

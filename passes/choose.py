@@ -374,7 +374,7 @@ def rounded(site: Site, gone: np.ndarray, seen: Measured, multiple: int) -> np.n
 
 def unmet(sites: Sequence[Site], request: Request) -> Iterable[Note]:
     kinds = {site.kind for site in sites}
-    left = " that include= and skip= leave" if request.include or request.skip else ""
+    left = " among what include= and skip= leave" if request.include or request.skip else ""
     if request.ffn and not kinds & set(FFN):
         yield Note(where="ffn", reason=f"no feed-forward site was found{left}; fxslim.inspect(model) says why")
     if (request.heads or request.kv_groups) and "attention" not in kinds and not any(site.of_values for site in sites):

@@ -16,7 +16,7 @@ from fxslim.passes.narrow import check_fits
 from fxslim.passes.routing import Routing, routers
 from fxslim.passes.rows import clear
 from fxslim.plan import Plan
-from fxslim.program import named_tensors
+from fxslim.program import has_forward, named_tensors
 from fxslim.site import SitePlan, leads
 
 
@@ -30,7 +30,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """
     computed = _computed(model, plan)
     check_fits(model, plan, computed)
-    hooked, columns = _places(plan)
+    hooked, columns = _places(model, plan)
     lead = leads(plan.sites)
     constants = fills(plan.sites)
     followed = routers(plan.sites)
@@ -85,11 +85,11 @@ def _computed(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
 
 
 def _places(
-    plan: Plan,
+    model: nn.Module, plan: Plan
 ) -> tuple[dict[str, tuple[tuple[str, int], np.ndarray]], dict[tuple[str, int], np.ndarray]]:
     """Return which input coordinates of which modules, and which columns of which tensors, are masked.
 
-    A module comes with the tensor dimension that its input meets.
+    A module comes with the tensor dimension that its input meets; those of a graph are never called.
     """
     hooked: dict[str, tuple[tuple[str, int], np.ndarray]] = {}
     columns: dict[tuple[str, int], np.ndarray] = {}
@@ -99,7 +99,7 @@ def _places(
                 continue
             gone = piece.per_expert(piece.removed(part.gone))
             key = (piece.tensor, piece.dim)
-            if piece.hook is not None:
+            if piece.hook is not None and has_forward(model.get_submodule(piece.hook)):
                 hooked[piece.hook] = (key, hooked[piece.hook][1] | gone if piece.hook in hooked else gone)
             else:
                 columns[key] = columns[key] | gone if key in columns else gone

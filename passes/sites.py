@@ -180,7 +180,7 @@ def _blocks(model: nn.Module) -> list[str]:
         several = bool(members) and all(member is not None and bool(member._modules) for member in members)
         if isinstance(module, nn.Sequential):
             alike = len(members) > 1 and len({type(member) for member in members}) == 1
-            listed = alike and any(True for _ in module[0].children())
+            listed = alike and any(True for _ in members[0].children())
         else:
             numbered = not has_forward(module) and all(key.isdigit() for key in module._modules)
             listed = isinstance(module, nn.ModuleList) or (several and numbered)

@@ -30,9 +30,9 @@ class PruningCallback(TrainerCallback):
     """Prunes the model of a ``Trainer`` while it trains; afterwards ``fxslim.slim(trainer.model)`` makes it smaller.
 
     Masks are saved beside every checkpoint; ``trainer.train(resume_from_checkpoint=…)`` goes on from them. What is
-    masked, quantiles of scores and the size to come are logged under ``pruning/…``: in ``log_history``, on the screen,
-    and by callbacks that come after this one (integrations of ``report_to`` come before; add theirs again behind it).
-    With ``load_best_model_at_end`` the best one is sought among those that have reached the target.
+    masked, quantiles of scores and the size now and at the end are logged under ``pruning/…``: in ``log_history``, on
+    the screen, and by callbacks that come after this one (integrations of ``report_to`` come before; add theirs again
+    behind it). With ``load_best_model_at_end`` the best one is sought among those that have reached the target.
 
     Args:
         config: what goes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -217,7 +218,9 @@ class Pruner:
         if self.estimate is None or self.units is None:
             now = end = sum(p.numel() for p in self.model.parameters()), 1.0
         else:
-            now, end = map(self.estimate.of, (self.units.parts(), self.units.parts(final=not self.settled)))
+            now = end = self.estimate.of(self.units.parts())
+            with suppress(InputError):  # of weights that are not finite: the next update says so
+                end = now if self.settled else self.estimate.of(self.units.parts(final=True))
         return Figures(self.step, self.sparsity(), left, *now, *end)
 
     def save(self, folder: str | PathLike[str]) -> None:

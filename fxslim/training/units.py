@@ -31,7 +31,7 @@ from fxslim.plan import Note
 from fxslim.program import named_tensors
 from fxslim.report import Inspection
 from fxslim.site import Site, SitePlan, Slice, units_by_group
-from fxslim.training.config import UNITS, PruningConfig
+from fxslim.training.config import PruningConfig
 from fxslim.training.hooks import Hook, MaskedInput
 from fxslim.training.lowest import lowest_of_all
 from fxslim.training.optimizer import forget
@@ -154,6 +154,12 @@ class MaskedUnits:
     def _short(self) -> list[Note]:
         """Return why sites lose nothing in the end, where something is asked of them."""
         notes = []
+        for asked in dict.fromkeys(own.asked for own in self.sites) if self.config.scope == "global" else ():
+            sites = [own for own in self.sites if own.asked == asked]
+            wanted = part_of(getattr(self.config, asked), sum(own.site.units for own in sites))
+            most = sum(self._limits(own)[1] * len(units_by_group(own.site)) for own in sites)
+            if wanted > most:
+                notes.append(Note(where=asked, reason=f"{most} of {wanted} units go: limits are rounded down by site"))
         for own in self.sites if self.config.scope == "local" else ():
             seen = Measured(own.gone, np.zeros(own.site.units), np.zeros(own.site.group_count), real=True)
             gone, note = pick(own.site, seen, self.config.request())
@@ -239,17 +245,19 @@ class MaskedUnits:
         Args:
             change: the fraction that goes at the end -> the one that goes now.
         """
-        chosen = self._chosen(change)
+        scores = {own.site.name: self._scores(own) for own in self.sites}
+        for own in self.sites if self.score.owned or not self.score.gradients else ():  # those of weights, as they are
+            own.score = torch.from_numpy(scores[own.site.name]).to(own.score)
+        chosen = self._chosen(change, scores)
         device = next(iter(self.tensors.values())).device
         every = agreed(torch.from_numpy(np.concatenate(chosen)), device).numpy()
         for own, gone in zip(self.sites, np.split(every, np.cumsum([len(gone) for gone in chosen])[:-1]), strict=True):
             own.gone = gone.copy()
         self._set_masks()
 
-    def _chosen(self, change: Callable[[float], float]) -> list[np.ndarray]:
-        """Return what goes of every site by today's scores; what is masked already is part of it."""
+    def _chosen(self, change: Callable[[float], float], scores: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return what goes of every site; what is masked already is part of it."""
         request = self.config.request(change)
-        scores = {own.site.name: self._scores(own) for own in self.sites}
         requests = self._shared(change, scores) if self.config.scope == "global" else {}
         chosen = []
         for own in self.sites:
@@ -261,12 +269,9 @@ class MaskedUnits:
     def _scores(self, own: MaskedSite) -> np.ndarray:
         """Return the scores of a site's units; those of weights are as the weights are now."""
         if self.score.owned:
-            norms = measure(own.site, named_tensors(self.model)).scores
-            own.score = torch.from_numpy(norms).to(own.score)
-            return norms
-        if not self.score.gradients:
-            own.score = own.sums(self._read)
-        scores: np.ndarray = own.score.double().cpu().numpy()
+            return measure(own.site, named_tensors(self.model)).scores
+        score = own.score if self.score.gradients else own.sums(self._read)
+        scores: np.ndarray = score.double().cpu().numpy()
         return scores
 
     def _shared(self, change: Callable[[float], float], scores: Mapping[str, np.ndarray]) -> dict[str, Request]:
@@ -299,20 +304,11 @@ class MaskedUnits:
         return min(math.ceil(low * each - 1e-9), each - 1), count_of(high, each)
 
     def _check_limits(self) -> None:
-        for asked in UNITS if self.config.scope == "global" else ():
-            sites = [own for own in self.sites if own.asked == asked]
-            units = sum(own.site.units for own in sites)
-            wanted = part_of(getattr(self.config, asked), units)
-            groups = [len(units_by_group(own.site)) for own in sites]
-            most, least = (
-                sum(self._limits(own)[i] * count for own, count in zip(sites, groups, strict=True)) for i in (1, 0)
-            )
-            rounding = sum(groups)  # of every group's limits, by less than a unit
-            if wanted >= most + rounding or (wanted and wanted <= least - rounding):
-                raise RequestError(
-                    f"{asked}={getattr(self.config, asked)} is {wanted} of {units} units, and limits="
-                    f"{self.config.limits} let {least} to {most} go."
-                )
+        low, high = self.config.limits
+        for asked in dict.fromkeys(own.asked for own in self.sites) if self.config.scope == "global" else ():
+            fraction = getattr(self.config, asked)
+            if fraction and not low <= fraction <= high:
+                raise RequestError(f"{asked}={fraction} cannot go in all where limits={low, high} hold for every site.")
 
     @torch.no_grad()
     def _set_masks(self) -> None:
@@ -368,7 +364,9 @@ class MaskedUnits:
 
     def parts(self, *, final: bool = False) -> tuple[SitePlan, ...]:
         """Return what is left of every site of which anything is masked; final: would be, if all went by now."""
-        every = self._chosen(lambda fraction: fraction) if final else [own.gone for own in self.sites]
+        every = [own.gone for own in self.sites]
+        if final:
+            every = self._chosen(lambda fraction: fraction, {own.site.name: self._scores(own) for own in self.sites})
         return tuple(
             SitePlan(site=own.site, keep=tuple(np.flatnonzero(~gone).tolist()))
             for own, gone in zip(self.sites, every, strict=True)

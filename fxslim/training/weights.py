@@ -188,17 +188,9 @@ class MaskedWeights:
         if self.config.scope != "global" or self.asked.lock:
             return
         assert self.asked.fraction is not None
-        sizes = [own.gone.numel() / own.chosen.numel() * (self.pattern.fraction or 1.0) for own in self.layers]
-        least, most = (
-            sum(self._limits(own)[i] * size for own, size in zip(self.layers, sizes, strict=True)) for i in (0, 1)
-        )
-        wanted = self.asked.fraction * sum(own.gone.numel() for own in self.layers)
-        rounding = sum(sizes)  # of every layer's limits, by less than a block
-        if not least - rounding < wanted < most + rounding:
-            raise RequestError(
-                f"fraction={self.asked.fraction} is {wanted:.0f} weights, and limits={self.config.limits} let "
-                f"{least:.0f} to {most:.0f} go."
-            )
+        fraction, (low, high) = self.asked.fraction, self.config.limits
+        if not low <= fraction <= high:
+            raise RequestError(f"fraction={fraction} cannot go in all where limits={low, high} hold for every layer.")
 
     # What follows -----------------------------------------------------------------------------------------------------
 

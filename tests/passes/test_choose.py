@@ -159,7 +159,7 @@ def test_kinds_are_left_out_by_the_names_of_their_sites() -> None:
     found = choose([FFN, HEADS], tensors, Request(ffn=0.5, heads=0.5, skip=("*:ffn",)))
     assert set(_gone(found)) == {"attn:attention"}
     assert [note.reason.split(";")[0] for note in found.notes] == [
-        "no feed-forward site was found that include= and skip= leave"
+        "no feed-forward site was found among what include= and skip= leave"
     ]
 
 

@@ -406,13 +406,29 @@ def test_limits_are_rounded_by_layer() -> None:
     pruner.after_step()
     assert pruner.units is not None
     assert [int(own.gone.sum()) for own in pruner.units.sites] == [9, 9]
+    assert [str(note.reason) for note in pruner.notes] == ["18 of 19 units go: limits are rounded down by site"]
+
+
+@pytest.mark.parametrize("score", ["magnitude", "l1", "fisher"])
+def test_figures_change_nothing(score: str) -> None:
+    model = model_of()
+    pruner = pruner_of(model, score=score, start=1, end=9)
+    loss_of(model, batch(0)).backward()
+    pruner.before_step()
+    before = {name: value.clone() for part in pruner._parts() for name, value in part.state().items()}
+    assert pruner.figures() == pruner.figures()
+    after = {name: value for part in pruner._parts() for name, value in part.state().items()}
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        model.down.weight[0, 0] = torch.nan
+    assert pruner.figures().parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_limits_that_cannot_be_met() -> None:
     x = Stack((Feed(hidden=10),)).inputs()
     for limits in ((0.0, 0.3), (0.8, 0.9)):
         config = fxslim.PruningConfig(ffn=0.5, score="magnitude", scope="global", limits=limits, start=1, end=1)
-        with pytest.raises(RequestError, match="limits="):
+        with pytest.raises(RequestError, match=r"ffn=0\.5 cannot go in all where limits="):
             fxslim.Pruner(two_layers(), config, example_inputs=x)
 
 
