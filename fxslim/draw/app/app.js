@@ -215,7 +215,11 @@ document.addEventListener("keydown", (event) => {
     leave();
     if (typing && byId("search").value) { byId("search").value = ""; outline(); return; }
     if (typing) { byId("search").blur(); return; }
-    if (route()[0] !== "sites") { const back = model.open; go(""); setTimeout(() => back && focusOn("s:" + back)); }
+    if (route()[0] !== "sites") {
+      const back = model.open; // shown again by the listener that came first
+      addEventListener("hashchange", () => back && focusOn("s:" + back), { once: true });
+      go("");
+    }
     return;
   }
   if (typing && (event.key === "Enter" || event.key === "ArrowDown")) {
