@@ -16,6 +16,8 @@ PROGRAM = chromium()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed; the page was not opened")
 
 SITE = "layers.0.mlp:ffn"
+OPENED = "location.hash.startsWith('#site=') && document.querySelectorAll('.node.op').length"
+"""A site's operations are there: they come after the address has changed."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_search_finds_a_site_and_a_click_opens_it(page: Browser) -> None:
     page.type("0.mlp FFN")
     assert page.run("[...document.querySelectorAll('#outline button')].map(b => b.dataset.site ?? 'op')") == [SITE]
     page.click(f"#outline [data-site='{SITE}']")
-    page.wait("location.hash.startsWith('#site=')")
+    page.wait(OPENED)
     assert count(page, ".node.op") == 3 and count(page, ".node.stub") == 2
     roles = page.run("[...document.querySelectorAll('.node.op .role')].map(t => t.textContent)")
     assert sorted(roles) == ["act", "down", "pinned up"]
@@ -81,7 +83,7 @@ def test_a_click_on_a_box_opens_it_and_hovering_says_more(page: Browser) -> None
     page.wait("!document.querySelector('#tip').hidden")
     assert "12 of 48 channels kept" in page.run("document.querySelector('#tip').textContent")
     page.click(f"[data-id='s:{SITE}']")
-    page.wait("location.hash.startsWith('#site=')")
+    page.wait(OPENED)
     page.click("[data-id='o:1']")
     assert "Pinned here, because" in page.run("document.querySelector('#details').textContent")
 
@@ -96,7 +98,7 @@ def test_the_keyboard_alone_goes_everywhere(page: Browser) -> None:
     assert seen == ["s:layers.0.attn:attention", f"s:{SITE}"]
     assert page.run("document.activeElement.getAttribute('aria-label')") == f"{SITE}, 12 of 48 channels kept"
     page.press("Enter")
-    page.wait("location.hash.startsWith('#site=')")
+    page.wait(OPENED)
     page.press("Escape")
     page.wait("location.hash === ''")
     page.wait(f"document.activeElement.dataset.id === 's:{SITE}'")
@@ -149,7 +151,7 @@ def test_names_stay_text(opened: Browser, tmp_path: Path) -> None:
     opened.errors.clear()
     opened.open(path)
     opened.click(f"[data-id='s:{SITE}']")
-    opened.wait("location.hash.startsWith('#site=')")
+    opened.wait(OPENED)
     opened.hover("[data-id='o:1']")
     opened.click("[data-id='o:1']")
     assert HOSTILE in opened.run("document.querySelector('#details').textContent")
