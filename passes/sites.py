@@ -176,14 +176,14 @@ def _blocks(model: nn.Module) -> list[str]:
     """
     paths: list[str] = []
     for name, module in model.named_modules():
-        members = [*module._modules.values()]
-        several = bool(members) and all(member is not None and bool(member._modules) for member in members)
-        if isinstance(module, nn.Sequential):
-            alike = len(members) > 1 and len({type(member) for member in members}) == 1
-            listed = alike and any(True for _ in members[0].children())
+        holding = [member is not None and bool(member._modules) for member in module._modules.values()]
+        if isinstance(module, nn.ModuleList):
+            listed = True
+        elif isinstance(module, nn.Sequential):
+            alike = len({type(member) for member in module._modules.values()}) == 1
+            listed = alike and len(holding) > 1 and holding[0]
         else:
-            numbered = not has_forward(module) and all(key.isdigit() for key in module._modules)
-            listed = isinstance(module, nn.ModuleList) or (several and numbered)
+            listed = not has_forward(module) and all(holding) and all(key.isdigit() for key in module._modules)
         if listed:
             paths.extend(f"{name}.{key}" if name else key for key in module._modules)
     return paths

@@ -218,6 +218,12 @@ class PruningConfig:
         """Tell whether more is masked as training goes on; what is locked is masked from the start."""
         return self.units or (self.masks is not None and not self.masks.lock)
 
+    def check_limits(self, name: str, fraction: float, each: str) -> None:
+        """Raise RequestError where so much of all cannot go, because it may not go of each."""
+        low, high = self.limits
+        if self.scope == "global" and not low <= fraction <= high:
+            raise RequestError(f"{name}={fraction} cannot go in all where limits={low, high} hold for every {each}.")
+
     def request(self, change: Callable[[float], float] | None = None) -> Request:
         """Return what is asked of sites.
 

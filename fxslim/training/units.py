@@ -106,7 +106,9 @@ class MaskedUnits:
         if not self.sites:
             reasons = "; ".join(f"{note.where}: {note.reason}" for note in self.notes)
             raise RequestError(f"nothing that the config asks for was found. {reasons}")
-        self._check_limits()
+        for asked in dict.fromkeys(own.asked for own in self.sites):
+            if fraction := getattr(config, asked):  # heads may be there for their groups alone
+                config.check_limits(asked, fraction, "site")
         self.masks: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = {}
         """Masks that take gradients themselves, because the weights behind them are frozen."""
@@ -302,13 +304,6 @@ class MaskedUnits:
         each = len(units_by_group(own.site)[0])
         low, high = self.config.limits
         return min(math.ceil(low * each - 1e-9), each - 1), count_of(high, each)
-
-    def _check_limits(self) -> None:
-        low, high = self.config.limits
-        for asked in dict.fromkeys(own.asked for own in self.sites) if self.config.scope == "global" else ():
-            fraction = getattr(self.config, asked)
-            if fraction and not low <= fraction <= high:
-                raise RequestError(f"{asked}={fraction} cannot go in all where limits={low, high} hold for every site.")
 
     @torch.no_grad()
     def _set_masks(self) -> None:

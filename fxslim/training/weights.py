@@ -72,7 +72,9 @@ class MaskedWeights:
         if self.asked.lock:
             for own in self.layers:
                 own.wanted = own.gone = own.layer.matrix(own.layer.weight.detach() == 0).clone()
-        self._check_limits()
+        else:
+            assert self.asked.fraction is not None
+            config.check_limits("fraction", self.asked.fraction, "layer")
 
     def _masked(self, layer: Layer) -> MaskedLayer:
         weight = layer.weight
@@ -183,14 +185,6 @@ class MaskedWeights:
         low, high = (limit / (self.pattern.fraction or 1.0) for limit in self.config.limits)
         count = own.chosen.numel()
         return min(math.ceil(low * count - 1e-9), count), min(part_of(high, count), count)
-
-    def _check_limits(self) -> None:
-        if self.config.scope != "global" or self.asked.lock:
-            return
-        assert self.asked.fraction is not None
-        fraction, (low, high) = self.asked.fraction, self.config.limits
-        if not low <= fraction <= high:
-            raise RequestError(f"fraction={fraction} cannot go in all where limits={low, high} hold for every layer.")
 
     # What follows -----------------------------------------------------------------------------------------------------
 
